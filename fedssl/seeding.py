@@ -1,0 +1,41 @@
+"""Every random draw has a named source, derived from the run's one seed. Nothing uses a global generator."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> int:
+    """A 63-bit seed that depends on all four arguments and on nothing else.
+
+    Args:
+        seed: the run's seed (`seed=` on the command line).
+        purpose: what the draws are for, e.g. "cohort" or "local training"; different purposes are independent.
+        round_num: 0 before the first round.
+        partition_id: 0 where no client is concerned.
+    """
+    text = f"{seed}/{purpose}/{round_num}/{partition_id}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(
+    seed: int, purpose: str, round_num: int = 0, partition_id: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A torch generator on `device`, seeded by `derive_seed`."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, round_num, partition_id))
+
+
+def numpy_generator(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> np.random.Generator:
+    """A numpy generator, seeded by `derive_seed`."""
+    return np.random.default_rng(derive_seed(seed, purpose, round_num, partition_id))
+
+
+@contextmanager
+def seeded_init(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> Iterator[None]:
+    """Inside, torch's global CPU generator is seeded (layers initialise from it); outside, it is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, purpose, round_num, partition_id))
+        yield

@@ -1,0 +1,11 @@
+"""Shapes and types are checked at run time, in tests only."""
+
+import os
+
+os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
+
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: F401  # the hook looks it up by name
+
+install_import_hook(["fedssl", "strategies"], "tests.typechecker.check")
