@@ -1,0 +1,101 @@
+"""Everything internal of Flower that the simulation needs, in one place; tested against the pinned minor version.
+
+Public Flower code creates messages inside a SuperLink or a SuperNode, which give every process an identity and every
+message an id. Our grids play both roles, so they have to do the same by hand.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+SERVER_NODE_ID = 1  # what Flower calls the SuperLink
+
+CLIENT_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+CLIENT_CRASHED = 8  # CLIENT_APP_CRASHED: its process died
+
+LARGE_BYTES = 1 << 18  # arrays from this size on travel outside the pickle, without a copy
+
+Record = ArrayRecord | MetricRecord | ConfigRecord
+
+
+def identify_process() -> None:
+    """Let this process create messages: without an identity, `Message(...)` raises. A set identity is kept."""
+    for name, value in (("run_id", RUN_ID), ("task_id", RUN_ID), ("node_id", SERVER_NODE_ID)):
+        if getattr(TaskIdentity, f"_{name}") is None:
+            setattr(TaskIdentity, name, value)
+
+
+def empty_run() -> Run:
+    """A run without an app bundle, with the id of this process."""
+    return Run.create_empty(TaskIdentity.run_id)
+
+
+def stamp(message: Message, message_id: str) -> None:
+    """Give a message the id that its reply will name in `metadata.reply_to_message_id`."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def rebuild(metadata: Metadata, content: RecordDict) -> Message:
+    """The message with exactly this metadata: what the receiver of a stamped message holds."""
+    return Message(content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
+def error_reply(message: Message, code: int, reason: str) -> Message:
+    """A reply that carries no content, only `code` and `reason`."""
+    return Message(Error(code, reason), reply_to=message)
+
+
+def make_context(node_id: int, node_config: Mapping[str, Any], state: RecordDict) -> Context:
+    """What a client app gets beside the message; `node_config` holds "partition-id" and "num-partitions"."""
+    return Context(TaskIdentity.run_id, node_id, dict(node_config), state, {})
+
+
+def private_copy(records: RecordDict) -> RecordDict:
+    """New dictionaries around the same arrays and numbers: adding or replacing entries touches no other holder."""
+    return RecordDict({name: record.copy() for name, record in records.items()})
+
+
+def num_bytes(record: Record) -> int:
+    """Bytes of the arrays of a record; metrics and configuration values count as nothing."""
+    return sum(len(array.data) for array in record.values()) if isinstance(record, ArrayRecord) else 0
+
+
+def dumps(value: Any) -> tuple[bytes, list[np.ndarray]]:
+    """Pickle records so that large arrays leave the pickle: `loads(*dumps(value)) == value`.
+
+    Only for messages between processes of one simulation. Each large array is returned as a uint8 view of its
+    buffer; what carries such views through shared memory (Ray does) copies nothing.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    file = BytesIO()
+    pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
+    pickler.dispatch_table = _REDUCERS
+    pickler.dump(value)
+    return file.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+
+
+def loads(data: bytes, buffers: Sequence[np.ndarray]) -> Any:
+    """Undo `dumps`. The `data` of large arrays is then a read-only memoryview, of small ones bytes, as always."""
+    return pickle.loads(data, buffers=buffers)
+
+
+def _reduce_array(array: Array) -> tuple[Any, ...]:
+    data = array.data
+    large = len(data) >= LARGE_BYTES
+    return _restore_array, (array.dtype, array.shape, array.stype, pickle.PickleBuffer(data) if large else bytes(data))
+
+
+def _restore_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    array = Array(dtype, shape, stype, b"")  # the constructor insists on bytes
+    array.data = data if isinstance(data, bytes) else memoryview(data).toreadonly()  # type: ignore[assignment]
+    return array
+
+
+_REDUCERS: dict[type, Any] = {Array: _reduce_array}

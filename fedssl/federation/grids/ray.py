@@ -1,0 +1,516 @@
+"""The grid for many clients on one box with many cores or GPUs, and for a Ray cluster.
+
+Long-lived actors keep the loaded app (and with it data and models) over all rounds. What a round costs beyond the
+clients' arithmetic is kept small: large records are put into shared memory once a push and read once an actor; short
+clients travel in batches; the longest known client starts first; replies come back without a copy of large arrays.
+
+A client task is a pure function of message and state, so work that died with its actor simply runs again. A batch that
+died runs again one message at a time, which finds the client that is to blame without failing its neighbours.
+
+Everything happens in the caller's thread, while it pulls: there is no background thread to race with.
+"""
+
+import logging
+import math
+import os
+import sys
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, Metadata, RecordDict
+
+from fedssl.errors import ConfigError, FedSSLError
+from fedssl.federation import flower_compat
+from fedssl.federation.grids.base import App, GridEvent, LocalGrid, answer, node_config
+
+BROADCAST_BYTES = 1 << 16  # records from this size on go through the object store once, not with every message
+POLL_SECONDS = 0.2  # one pull waits for about this long
+BATCHES_PER_WORKER = 4  # a worker takes at most this part of the queue's fair share at once, so that all end together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How many actors, and what each claims of Ray's resources."""
+
+    workers: int
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray:
+    """Settings of `RayGrid`. The numbers live in conf/grid/ray.yaml.
+
+    Args:
+        workers: actors; None: as many as fit (cores // threads, or gpus x clients_per_gpu), at most one a client.
+        clients_per_gpu: actors that share a GPU.
+        gpus: of this machine; None: what Ray finds. Does not apply to a cluster.
+        address: of a running Ray cluster ("auto" for the one of this machine); None: a fresh Ray on this machine.
+        max_retries: how often a message runs again after its worker died.
+        batch_seconds: messages that are expected to take less travel together, up to this much work.
+    """
+
+    workers: int | None
+    clients_per_gpu: int
+    gpus: int | None
+    address: str | None
+    max_retries: int
+    batch_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"grid.workers must be at least 1 or null (as many as fit), got {self.workers}.")
+        if not float(self.clients_per_gpu).is_integer() or self.clients_per_gpu < 1:
+            raise ConfigError(
+                f"grid.clients_per_gpu must be a whole number of at least 1, got {self.clients_per_gpu}: Ray places "
+                f"only fractions 1/k of a GPU without leaving a worker pending."
+            )
+        if self.gpus is not None and self.gpus < 0:
+            raise ConfigError(f"grid.gpus must be at least 0 or null (all that Ray finds), got {self.gpus}.")
+        if self.max_retries < 0:
+            raise ConfigError(f"grid.max_retries must be at least 0, got {self.max_retries}.")
+        if self.batch_seconds < 0:
+            raise ConfigError(f"grid.batch_seconds must be at least 0 (no batches), got {self.batch_seconds}.")
+
+    def open(self, load_app: Callable[[], App], *, num_clients: int, threads: int, device: str) -> "RayGrid":
+        """Start (or join) Ray and the workers, without waiting for them.
+
+        Args:
+            load_app: cloudpickled; called once in every worker, whose `sys.path` and working directory are ours.
+            num_clients: nodes, one per partition.
+            threads: torch threads of a worker.
+            device: "cuda": workers own GPUs, or ConfigError; "cpu": they see none; "auto": GPUs where Ray has any.
+        """
+        ray = start_ray(self.address, self.gpus)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        placement = self.place(nodes, num_clients=num_clients, threads=threads, device=device)
+        return RayGrid(self, load_app, num_clients=num_clients, threads=threads, placement=placement)
+
+    def place(self, nodes: Sequence[Mapping[str, float]], *, num_clients: int, threads: int, device: str) -> Placement:
+        """The placement on machines with these resources ("CPU", "GPU").
+
+        With few clients, fewer share a GPU than `clients_per_gpu` allows, so that no GPU idles.
+        """
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        if device == "cuda" and not gpus:
+            raise ConfigError(
+                "device=cuda, but Ray finds no GPU. Use device=cpu, or check CUDA_VISIBLE_DEVICES and grid.gpus."
+            )
+        if gpus and device != "cpu":
+            sharing = min(int(self.clients_per_gpu), math.ceil(num_clients / gpus))
+            share = math.floor(1e4 / sharing) / 1e4  # Ray counts in steps of 1e-4; 1/k must not round up
+            workers = gpus * sharing if self.workers is None else min(self.workers, gpus * sharing)
+            return Placement(workers=workers, num_cpus=0, num_gpus=share)
+        if self.workers is not None:
+            return Placement(workers=min(self.workers, num_clients), num_cpus=0, num_gpus=0)
+        fit = max(1, sum(int(node.get("CPU", 0)) // threads for node in nodes))
+        # On our own Ray nothing competes for the cores, on a cluster the claim also spreads the actors.
+        return Placement(workers=min(fit, num_clients), num_cpus=0 if self.address is None else threads, num_gpus=0)
+
+
+# --- Ray itself ------------------------------------------------------------------------------------------------------
+
+_started: tuple[str | None, int | None] | None = None  # the Ray that this module started: address and gpus
+_open_grids: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def start_ray(address: str | None, gpus: int | None) -> Any:
+    """The module `ray`, initialised. One Ray serves all grids of the process; it ends with the process.
+
+    A Ray that the caller initialised before is used as it is.
+    """
+    global _started
+    import ray
+
+    if ray.is_initialized():
+        if _started is None or _started == (address, gpus):
+            return ray
+        if _open_grids:
+            raise ConfigError(
+                f"this process already runs a Ray with grid.address={_started[0]}, grid.gpus={_started[1]}; "
+                f"close its grids before opening one with grid.address={address}, grid.gpus={gpus}."
+            )
+        ray.shutdown()
+    with _environment(
+        PYTHONPATH=os.pathsep.join(path or str(os.getcwd()) for path in sys.path),  # noqa: PTH109
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # the coming default; `_Worker` hides GPUs from CPU workers itself
+    ):
+        if address is None:
+            ray.init(
+                address="local",  # never join a Ray that happens to run on this machine
+                num_gpus=gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    _started = (address, gpus)
+    return ray
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables for the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    _set_environment(values)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+# --- the worker's side -----------------------------------------------------------------------------------------------
+
+# What crosses between driver and worker. `records` holds a record, or the key of a broadcast one.
+_Job = tuple[Metadata, dict[str, Any], RecordDict | None]  # metadata, records, Context.state
+_Result = tuple[Message, RecordDict | None, float]  # reply, Context.state, seconds
+
+
+class _Worker:
+    """Runs in an actor: holds the app, answers batches of messages."""
+
+    def __init__(self, path: list[str], directory: str, num_partitions: int, threads: int, see_gpus: bool) -> None:
+        sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
+        os.chdir(directory)
+        if not see_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        flower_compat.identify_process()
+        self._num_partitions = num_partitions
+        self._threads = threads
+        self._broadcast: dict[int, Any] = {}
+        self._app: App | None = None
+
+    def load(self, load_app: bytes) -> tuple[int, str]:
+        """Load the app; returns the process id and the name of the device this worker owns."""
+        import ray
+        import torch
+        from ray import cloudpickle
+
+        torch.set_num_threads(self._threads)
+        self._app = cloudpickle.loads(load_app)()
+        context = ray.get_runtime_context()
+        return os.getpid(), f"{context.get_node_id()}/{context.get_accelerator_ids().get('GPU', [])}"
+
+    def work(self, batch: bytes, buffers: list[np.ndarray], broadcast: dict[int, Any]) -> Any:
+        """Answer a batch; `broadcast` holds references to records this worker has not seen."""
+        import ray
+
+        assert self._app is not None
+        for key, reference in broadcast.items():
+            self._broadcast[key] = flower_compat.loads(*ray.get(reference))
+        results = []
+        for metadata, records, state in flower_compat.loads(batch, buffers):
+            content = RecordDict({n: self._broadcast[r] if isinstance(r, int) else r for n, r in records.items()})
+            message = flower_compat.rebuild(metadata, content)
+            config = node_config(metadata.dst_node_id, self._num_partitions)
+            started = time.perf_counter()
+            reply, state = answer(self._app, message, config, state)
+            results.append((reply, state, time.perf_counter() - started))
+        data, views = flower_compat.dumps(results)
+        return (data, views) if views else data  # plain bytes cost Ray least
+
+    def release(self, keys: list[int]) -> None:
+        """Free broadcast records whose last message was answered."""
+        for key in keys:
+            self._broadcast.pop(key, None)
+
+
+# --- the driver's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    """A message on its way."""
+
+    message: Message
+    records: dict[str, Any]  # as in `_Job`
+    keys: tuple[int, ...]  # of its broadcast records
+    deaths: int = 0  # workers that died while they ran this message alone
+    alone: bool = False  # it was in a batch that died
+    wanted: bool = True
+
+    @property
+    def message_id(self) -> str:
+        return self.message.metadata.message_id
+
+    @property
+    def node_id(self) -> int:
+        return self.message.metadata.dst_node_id
+
+    @property
+    def message_type(self) -> str:
+        return self.message.metadata.message_type
+
+    @property
+    def kind(self) -> tuple[int, str]:
+        return self.node_id, self.message_type
+
+
+@dataclass(eq=False, slots=True)
+class _Slot:
+    """One worker as the driver sees it; when its actor dies, the slot gets another one."""
+
+    actor: Any
+    reference: Any  # what to wait for; None: idle
+    loaded: bool = False
+    pid: int = 0
+    device: str = ""
+    tasks: list[_Task] = field(default_factory=list)
+    keys: set[int] = field(default_factory=set)  # broadcast records it holds
+
+
+class RayGrid(LocalGrid):
+    """Runs clients in Ray actors. Open it with `Ray.open`, close it (or leave its `with` block) to end the actors."""
+
+    def __init__(
+        self, settings: Ray, load_app: Callable[[], App], *, num_clients: int, threads: int, placement: Placement
+    ) -> None:
+        super().__init__(num_clients)
+        import ray
+        from ray import cloudpickle
+
+        self._ray = ray
+        self._settings = settings
+        self.placement = placement
+        actor_class = ray.remote(_Worker).options(
+            num_cpus=placement.num_cpus, num_gpus=placement.num_gpus, max_restarts=0, max_task_retries=0
+        )
+        path = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109
+        self._new_actor = partial(
+            actor_class.remote,
+            path,
+            os.getcwd(),  # noqa: PTH109
+            num_clients,
+            threads,
+            placement.num_gpus > 0,
+        )
+        self._load_app: bytes = cloudpickle.dumps(load_app)  # type: ignore[no-untyped-call]
+        self._queue: deque[_Task] = deque()
+        self._tasks: dict[str, _Task] = {}  # all that somebody waits for and that have no reply yet
+        self._replies: dict[str, Message] = {}
+        self._seconds: dict[tuple[int, str], float] = {}  # of a client's last message of a type
+        self._typical: dict[str, tuple[float, int]] = {}  # mean and count of a message type, for clients new to it
+        self._broadcast: dict[int, Any] = {}  # references to records in the object store
+        self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
+        self._next_key = 0
+        self._failed_starts = 0
+        self._closed = False
+        self._slots = [self._start_worker() for _ in range(placement.workers)]
+        _open_grids.add(self)
+
+    # --- messages
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Drop these messages; a worker that runs nothing else is replaced, so that a hanging client costs no core."""
+        dropped = [self._tasks.pop(i) for i in message_ids if self._replies.pop(i, None) is None and i in self._tasks]
+        if not dropped:
+            return
+        for task in dropped:
+            task.wanted = False
+        self._release(dropped)
+        self._queue = deque(task for task in self._queue if task.wanted)
+        for number, slot in enumerate(self._slots):
+            if slot.tasks and not any(task.wanted for task in slot.tasks):
+                nodes = tuple(task.node_id for task in slot.tasks)
+                self._events.append(
+                    GridEvent(kind="worker_stopped", node_ids=nodes, reason="still running when the time was up")
+                )
+                self._ray.kill(slot.actor)
+                self._slots[number] = self._start_worker()
+
+    def close(self) -> None:
+        """End the actors; Ray itself stays for the next grid of this process. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        _open_grids.discard(self)
+        if self._ray.is_initialized():
+            for slot in self._slots:
+                self._ray.kill(slot.actor)
+        for container in (self._slots, self._queue, self._tasks, self._replies, self._broadcast, self._users):
+            container.clear()
+
+    def _push(self, messages: Sequence[Message]) -> None:
+        if self._closed:
+            raise RuntimeError("this grid is closed")
+        keys: dict[int, int | None] = {}  # by identity of a record: large ones get a key, once
+        tasks = []
+        for message in messages:
+            records: dict[str, Any] = dict(message.content)
+            for name, record in message.content.items():
+                if id(record) not in keys:
+                    keys[id(record)] = self._put(record) if _is_large(record) else None
+                if (key := keys[id(record)]) is not None:
+                    records[name] = key
+            used = tuple(value for value in records.values() if isinstance(value, int))
+            self._users.update(used)
+            tasks.append(_Task(message, records, used))
+        self._tasks.update((task.message_id, task) for task in tasks)
+        tasks.sort(key=lambda task: -self._expected(task))  # the longest first; new clients keep their order
+        self._queue.extend(tasks)
+        self._dispatch()
+
+    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
+        ready = [i for i in message_ids if i in self._replies]
+        if not ready:
+            wait = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+            self._collect(wait)
+            self._dispatch()
+            ready = [i for i in message_ids if i in self._replies]
+        return {i: self._replies.pop(i) for i in ready}
+
+    def _put(self, record: flower_compat.Record) -> int:
+        self._next_key += 1
+        self._broadcast[self._next_key] = self._ray.put(flower_compat.dumps(record))
+        return self._next_key
+
+    def _release(self, tasks: Iterable[_Task]) -> None:
+        """These messages need their broadcast records no more; a record without users is freed everywhere."""
+        unused = []
+        for key in (key for task in tasks for key in task.keys):
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key], self._broadcast[key]
+                unused.append(key)
+        for slot in self._slots:
+            if held := slot.keys.intersection(unused):
+                slot.keys -= held
+                slot.actor.release.remote(list(held))
+
+    # --- work
+
+    def _expected(self, task: _Task) -> float:
+        """Seconds this message will probably take; 0 where nothing is known."""
+        return self._seconds.get(task.kind) or self._typical.get(task.message_type, (0.0, 0))[0]
+
+    def _dispatch(self) -> None:
+        """Give idle workers work, first where fewest workers share the device."""
+        idle = [slot for slot in self._slots if slot.reference is None]
+        busy = Counter(slot.device for slot in self._slots if slot.tasks)
+        while idle and self._queue:
+            slot = min(idle, key=lambda slot: busy[slot.device])
+            idle.remove(slot)
+            busy[slot.device] += 1
+            slot.tasks = self._next_batch()
+            batch = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in slot.tasks]
+            unseen = {key for task in slot.tasks for key in task.keys} - slot.keys
+            slot.keys |= unseen
+            data, views = flower_compat.dumps(batch)
+            slot.reference = slot.actor.work.remote(data, views, {key: self._broadcast[key] for key in unseen})
+
+    def _next_batch(self) -> list[_Task]:
+        """Tasks from the head of the queue: one, or several short ones within `batch_seconds`."""
+        size = math.ceil(len(self._queue) / (BATCHES_PER_WORKER * len(self._slots)))
+        batch = [self._queue.popleft()]
+        room = self._settings.batch_seconds
+        while self._queue and len(batch) < size and not (batch[0].alone or self._queue[0].alone):
+            both_known = self._expected(batch[-1]) and self._expected(self._queue[0])
+            room -= self._expected(batch[-1])
+            if not both_known or room < self._expected(self._queue[0]):
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _collect(self, timeout: float) -> None:
+        """Take what one worker has finished, waiting at most `timeout` seconds for it."""
+        under_way = {slot.reference: number for number, slot in enumerate(self._slots) if slot.reference is not None}
+        if not under_way:
+            return
+        ready, _ = self._ray.wait(list(under_way), num_returns=1, timeout=timeout)
+        for reference in ready:
+            number = under_way[reference]
+            slot = self._slots[number]
+            slot.reference = None
+            try:
+                value = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # loading failed, or a bug of ours: clients' own errors are replies
+            except self._ray.exceptions.RayError as error:
+                self._lost(number, error)
+            else:
+                self._finished(slot, value)
+
+    def _finished(self, slot: _Slot, value: Any) -> None:
+        if not slot.loaded:
+            slot.loaded = True
+            slot.pid, slot.device = value
+            self._failed_starts = 0
+            return
+        tasks, slot.tasks = slot.tasks, []
+        results: list[_Result] = (
+            flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
+        )
+        for task, (reply, state, seconds) in zip(tasks, results, strict=True):
+            mean, count = self._typical.get(task.message_type, (0.0, 0))
+            self._typical[task.message_type] = mean + (seconds - mean) / (count + 1), count + 1
+            self._seconds[task.kind] = seconds
+            if task.wanted:
+                self._replies[task.message_id] = reply
+                del self._tasks[task.message_id]
+                self._keep_state(task.node_id, state)
+        self._release(task for task in tasks if task.wanted)
+
+    def _lost(self, number: int, error: Exception) -> None:
+        """A worker died: replace it, and run its messages again, or answer for the one that keeps killing workers."""
+        slot = self._slots[number]
+        reason = f"worker process {slot.pid or '(starting)'} died: {_why(error)}"
+        self._events.append(
+            GridEvent(kind="worker_died", node_ids=tuple(task.node_id for task in slot.tasks), reason=reason)
+        )
+        if not slot.loaded:
+            self._failed_starts += 1
+            if self._failed_starts > self._settings.max_retries * len(self._slots):
+                raise FedSSLError(f"workers die while they start, before any client runs: {reason}")
+        self._slots[number] = self._start_worker()
+        lost = [task for task in slot.tasks if task.wanted]
+        if len(slot.tasks) == 1 and lost:
+            (task,) = lost
+            task.deaths += 1
+            if task.deaths > self._settings.max_retries:
+                text = (
+                    f"{reason} ({task.deaths} workers died while they ran this client: "
+                    f"grid.max_retries={self._settings.max_retries})"
+                )
+                self._replies[task.message_id] = flower_compat.error_reply(
+                    task.message, flower_compat.CLIENT_CRASHED, text
+                )
+                del self._tasks[task.message_id]
+                self._release(lost)
+                return
+        for task in lost:
+            task.alone = True
+        self._queue.extendleft(reversed(lost))
+
+    def _start_worker(self) -> _Slot:
+        actor: Any = self._new_actor()
+        return _Slot(actor=actor, reference=actor.load.remote(self._load_app))
+
+
+def _is_large(record: flower_compat.Record) -> bool:
+    return flower_compat.num_bytes(record) >= BROADCAST_BYTES
+
+
+def _why(error: Exception) -> str:
+    """The part of Ray's long message that says how the worker ended."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2] or text
+    for advice in (" There are some potential", " Some common causes"):
+        detail = detail.partition(advice)[0]
+    return detail[:300] or type(error).__name__
