@@ -1,0 +1,110 @@
+"""A backbone, a projector, and what the rest of the library asks of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedssl.errors import ConfigError
+
+
+class Model(nn.Module):
+    """What a client trains: `projector(backbone(x))`. Evaluation sees the backbone alone.
+
+    Args:
+        backbone: (b, 3, s, s) images to (b, feature_dim) features, pooled and flattened.
+        projector: (b, feature_dim) features to (b, d) projections, which need not be normalised.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
+        """The projections of a batch of views."""
+        projections: Tensor = self.projector(self.backbone(x))
+        return projections
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is in eval mode; afterwards each of its parts is back in the mode it had."""
+    with _mode(module, training=False):
+        yield
+
+
+@contextmanager
+def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, before in modes:
+            part.training = before
+
+
+def calibrate_batch_norm(module: nn.Module, x: Float[Tensor, "b 3 s s"]) -> None:
+    """Give batch-norm layers that have seen no batch the mean and variance of `x` as their running averages.
+
+    Layers start with mean 0 and variance 1 and forget that by a factor 0.9 a step. In a fresh deep network the true
+    variances are far from 1 and the error multiplies over the layers: after a first training of 20 steps, a MobileNet
+    in eval mode maps all images to one point, although in train mode it works. Layers that have averages keep them.
+    One forward pass without gradient; the module's modes are as before.
+    """
+    tracked = [
+        (part, part.num_batches_tracked, part.momentum)
+        for part in module.modules()
+        if isinstance(part, _BatchNorm) and part.num_batches_tracked is not None
+    ]
+    seen = torch.stack([batches for _, batches, _ in tracked]).tolist() if tracked else []  # one read from the device
+    if all(seen):
+        return
+    with torch.no_grad(), _mode(module, training=True):
+        for (norm, _, _), batches in zip(tracked, seen, strict=True):
+            norm.momentum = 0.0 if batches else 1.0  # the weight of `x` in the averages
+        try:
+            module(x)
+        finally:
+            for (norm, count, momentum), batches in zip(tracked, seen, strict=True):
+                norm.momentum = momentum
+                count.fill_(max(1, batches))
+
+
+def feature_dim(backbone: nn.Module, image_size: int) -> int:
+    """The number of features per image, measured by one dry pass in eval mode: nothing in `backbone` changes.
+
+    Args:
+        backbone: any module that keeps the promise of `Model`, a user's own included.
+        image_size: side of the (square) images in pixels.
+
+    Raises:
+        ConfigError: the backbone cannot take such images, or returns anything but (1, feature_dim) floats.
+    """
+    name = type(backbone).__name__
+    anchor = next(backbone.parameters(), torch.zeros(()))
+    image = torch.zeros(1, 3, image_size, image_size, device=anchor.device, dtype=anchor.dtype)
+    with torch.no_grad(), evaluating(backbone):
+        try:
+            features = backbone(image)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # AssertionError: torch._assert on sizes
+            raise ConfigError(
+                f"the backbone {name} cannot take (b, 3, {image_size}, {image_size}) images: {error}. "
+                f"Its entry under `models` must build a network for data.image_size={image_size}."
+            ) from error
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise ConfigError(
+            f"a backbone returns (b, feature_dim) float features, pooled and flattened; for one image {name} returned "
+            f"{got}. Pool in its forward, or for a timm model set num_classes: 0 in its entry under `models`."
+        )
+    return features.shape[1]
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Number of trainable scalars; buffers (batch norm's averages) are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
