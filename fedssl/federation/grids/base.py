@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
@@ -130,7 +130,7 @@ class LocalGrid(Grid):
     def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
         """Some replies by the id of their message; none after `deadline` (`time.monotonic`)."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LocalGrid":
         return self
 
     def __exit__(

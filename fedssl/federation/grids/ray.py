@@ -153,6 +153,7 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
             )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    ray._private.worker._worker_logs_enabled = False  # a worker's death is an event of the grid, not a print
     _started = (address, gpus)
     return ray
 

@@ -1,0 +1,259 @@
+"""The Ray grid on a real local Ray, started once for the module with two GPUs declared (none needed)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedssl.errors import ConfigError
+from fedssl.federation.grids.ray import Ray, RayGrid, _open_grids
+from tests import grid_apps
+from tests.test_grids import messages, plain_fedavg, stock_fedavg
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files to the garbage collector
+]
+
+NUM_CLIENTS = 12
+SETTINGS = Ray(workers=2, clients_per_gpu=2, gpus=2, address=None, max_retries=1, batch_seconds=0.1)
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[RayGrid]:
+    with SETTINGS.open(grid_apps.Behaviour, num_clients=NUM_CLIENTS, threads=1, device="cpu") as grid:
+        yield grid
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test the grid holds no message, reply, record or event of it."""
+    yield
+    if "grid" in request.fixturenames:
+        grid: RayGrid = request.getfixturevalue("grid")
+        grid.pop_events()
+        assert not any([grid._queue, grid._tasks, grid._replies, grid._broadcast, grid._users])
+
+
+def facts(replies: list[Message], name: str) -> list[object]:
+    return [reply.content["facts"][name] for reply in replies]
+
+
+def wait_for_workers(grid: RayGrid) -> None:
+    """All workers have loaded the app."""
+    deadline = time.monotonic() + 120
+    while not all(slot.loaded for slot in grid._slots) and time.monotonic() < deadline:
+        grid.pull_messages([])
+
+
+def warm_up(grid: RayGrid) -> None:
+    """Every client has answered once, so that its duration is known and short clients may travel together."""
+    wait_for_workers(grid)
+    grid.send_and_receive(messages(grid, list(range(NUM_CLIENTS))))
+
+
+def test_stock_fedavg_equals_a_plain_loop_bit_for_bit(grid: RayGrid) -> None:
+    """And therefore the in-process grid, which is held to the same."""
+    with SETTINGS.open(grid_apps.least_squares, num_clients=10, threads=1, device="cpu") as fedavg_grid:
+        np.testing.assert_array_equal(stock_fedavg(fedavg_grid), plain_fedavg(10))
+
+
+def test_workers_are_other_processes_with_our_surroundings(grid: RayGrid) -> None:
+    replies = grid.send_and_receive(messages(grid, [*range(6), 5, 4, 3]))
+    assert facts(replies, "partition") == [0, 1, 2, 3, 4, 5, 5, 4, 3]
+    assert os.getpid() not in facts(replies, "pid")
+    assert set(facts(replies, "threads")) == {1}
+    assert set(facts(replies, "cwd")) == {str(Path.cwd())}
+    assert set(facts(replies, "cuda")) == {""}  # device=cpu: the declared GPUs are hidden
+    assert set(sys.path) - {""} <= set(replies[0].content["facts"]["path"])
+
+
+def test_state_follows_its_node_to_any_worker(grid: RayGrid) -> None:
+    counts = [facts(grid.send_and_receive(messages(grid, [1, 2, 3], "count")), "count") for _ in range(3)]
+    assert counts == [[1] * 3, [2] * 3, [3] * 3]
+
+
+def test_failing_clients_are_error_replies(grid: RayGrid) -> None:
+    batch = [*messages(grid, [0], "raise"), *messages(grid, [1], "exit"), *messages(grid, [2])]
+    raised, exited, good = grid.send_and_receive(batch)
+    assert (raised.error.code, raised.error.reason) == (
+        2,
+        "ValueError: during local training: no images in partition 0",
+    )
+    assert (exited.error.code, exited.error.reason) == (2, "SystemExit: 3")
+    assert good.has_content()
+    assert grid.pop_events() == []
+
+
+def test_a_killed_worker_loses_nothing(grid: RayGrid, tmp_path: Path) -> None:
+    """Its clients run again with the identical result, in a new process; the event names them."""
+    warm_up(grid)
+    everyone = list(range(NUM_CLIENTS))
+    expected = grid.send_and_receive(messages(grid, everyone))
+    batch = messages(grid, everyone)
+    batch[4:5] = messages(grid, [4], "die_once", folder=str(tmp_path))
+    replies = grid.send_and_receive(batch)
+    assert facts(replies, "partition") == everyone
+    for reply, known in zip(replies, expected, strict=True):
+        np.testing.assert_array_equal(reply.content["arrays"]["w"].numpy(), known.content["arrays"]["w"].numpy())
+    (event,) = grid.pop_events()
+    assert event.kind == "worker_died"
+    assert 1004 in event.node_ids
+    assert str(replies[4].content["facts"]["pid"]) not in event.reason
+    again = grid.send_and_receive(messages(grid, everyone))
+    assert facts(again, "partition") == everyone
+
+
+def test_a_client_that_keeps_killing_workers_fails_alone(grid: RayGrid, tmp_path: Path) -> None:
+    """Two deaths with max_retries=1, after the batch's first one, which blames nobody."""
+    warm_up(grid)
+    batch = messages(grid, list(range(NUM_CLIENTS)))
+    batch[0:1] = messages(grid, [0], "die", folder=str(tmp_path))
+    deadly, *others = grid.send_and_receive(batch)
+    assert deadly.error.code == 8
+    assert deadly.error.reason is not None
+    assert "2 workers died while they ran this client: grid.max_retries=1" in deadly.error.reason
+    assert facts(others, "partition") == list(range(1, NUM_CLIENTS))
+    events = grid.pop_events()
+    assert len(events) == len((tmp_path / "died-0").read_text()) in (2, 3)
+    assert all(1000 in event.node_ids for event in events)
+
+
+def test_late_clients_are_missing_and_free_their_worker(grid: RayGrid) -> None:
+    warm_up(grid)
+    batch = [*messages(grid, [0, 1], "sleep", seconds=60.0), *messages(grid, [2])]
+    grid._seconds[1000, "train"] = grid._seconds[1001, "train"] = 60.0  # known to be long: both start first
+    started = time.monotonic()
+    assert grid.send_and_receive(batch, timeout=1) == []
+    assert time.monotonic() - started < 5
+    events = grid.pop_events()
+    assert [event.kind for event in events] == ["worker_stopped"] * 2
+    assert {node for event in events for node in event.node_ids} == {1000, 1001}
+    assert facts(grid.send_and_receive(messages(grid, [0, 1])), "partition") == [0, 1]
+    assert grid.pull_messages([message.metadata.message_id for message in batch]) == []
+
+
+def test_the_longest_known_client_starts_first(grid: RayGrid) -> None:
+    wait_for_workers(grid)
+    batch = messages(grid, [0, 1, 2], "sleep", seconds=0.05) + messages(grid, [3], "sleep", seconds=0.4)
+    grid.send_and_receive(batch)
+    started = facts(grid.send_and_receive(batch), "started")
+    assert started.index(min(started)) == 3  # type: ignore[type-var]
+
+
+def test_large_records_are_broadcast_once_and_arrive_unharmed(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.random.default_rng(0).normal(size=100_000)
+    record = ArrayRecord({"w": Array(weights), "b": Array(np.float32([1.0]))})
+    put, puts = grid._put, []
+    monkeypatch.setattr(grid, "_put", lambda record: puts.append(record) or put(record))
+    batch = [
+        Message(RecordDict({"header": ConfigRecord({"round": i}), "arrays": record}), node, "train")
+        for i, node in enumerate(grid.get_node_ids())
+    ]
+    replies = grid.send_and_receive(batch)
+    assert len(puts) == 1
+    for partition, reply in enumerate(replies):
+        received = reply.content["arrays"]["w"]
+        np.testing.assert_array_equal(received.numpy(), weights + partition)
+        assert len(received.data) == len(record["w"].data)
+        assert not isinstance(received.data, bytes)  # still in shared memory
+    assert not any(slot.keys for slot in grid._slots)
+
+
+def test_memory_does_not_grow_over_rounds(grid: RayGrid) -> None:
+    """40 rounds move 40 x 4 messages of 4 MB each way: 1.3 GB if anything were kept."""
+    arrays = ArrayRecord({"w": Array(np.zeros(500_000))})
+
+    def peak(num_rounds: int) -> int:
+        worker = 0
+        for _ in range(num_rounds):
+            arrays["w"] = Array(np.zeros(500_000))  # another broadcast every round
+            batch = [
+                Message(RecordDict({"header": ConfigRecord({}), "arrays": arrays}), node, "train")
+                for node in grid.get_node_ids()[:4]
+            ]
+            worker = max(int(str(size)) for size in facts(grid.send_and_receive(batch), "private_bytes"))
+        return grid_apps.private_bytes() + worker
+
+    before = peak(10)
+    assert peak(40) - before < 100e6
+
+
+def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:
+    """Two declared GPUs, two workers on each; every worker sees one GPU."""
+    settings = Ray(workers=None, clients_per_gpu=2, gpus=2, address=None, max_retries=1, batch_seconds=0.0)
+    with settings.open(grid_apps.Behaviour, num_clients=4, threads=1, device="auto") as gpu_grid:
+        assert gpu_grid.placement.num_gpus == 0.5
+        wait_for_workers(gpu_grid)
+        replies = gpu_grid.send_and_receive(messages(gpu_grid, [0, 1, 2, 3], "sleep", seconds=0.5))
+        devices = dict(zip(facts(replies, "pid"), facts(replies, "cuda"), strict=True))
+        assert Counter(devices.values()) == {"0": 2, "1": 2}
+        two = gpu_grid.send_and_receive(messages(gpu_grid, [0, 1], "sleep", seconds=0.5))
+        assert set(facts(two, "cuda")) == {"0", "1"}  # and two clients do not share one while the other idles
+
+
+def test_a_failing_app_loader_ends_the_run_with_its_own_error(grid: RayGrid) -> None:
+    with (
+        SETTINGS.open(grid_apps.refuses_to_load, num_clients=2, threads=1, device="cpu") as broken,
+        pytest.raises(RuntimeError, match="no such data set"),
+    ):
+        broken.send_and_receive(messages(broken, [0]))
+
+
+def test_another_ray_is_refused_while_grids_are_open(grid: RayGrid) -> None:
+    other = Ray(workers=1, clients_per_gpu=1, gpus=5, address=None, max_retries=1, batch_seconds=0.1)
+    with pytest.raises(ConfigError, match=r"already runs a Ray with grid\.address=None, grid\.gpus=2"):
+        other.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu")
+
+
+def test_a_closed_grid_is_closed(grid: RayGrid) -> None:
+    short = SETTINGS.open(grid_apps.Behaviour, num_clients=1, threads=1, device="cpu")
+    assert short in _open_grids
+    short.close()
+    short.close()
+    assert short not in _open_grids
+    with pytest.raises(RuntimeError, match="this grid is closed"):
+        short.push_messages(messages(grid, [0]))
+
+
+INTERRUPTED = """
+import sys
+from fedssl.federation.grids.ray import Ray
+from tests import grid_apps
+from tests.test_grids import messages
+
+settings = Ray(workers=2, clients_per_gpu=1, gpus=0, address=None, max_retries=1, batch_seconds=0.1)
+with settings.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu") as grid:
+    print(*[reply.content["facts"]["pid"] for reply in grid.send_and_receive(messages(grid, [0, 1]))], flush=True)
+    grid.send_and_receive(messages(grid, [0, 1], "sleep", seconds=600.0))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_nothing_survives_the_driver(how: signal.Signals) -> None:
+    """After Ctrl-C, and even after kill -9, no worker is left; Ray printed nothing."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    workers = [int(pid) for pid in driver.stdout.readline().split()]
+    assert workers
+    time.sleep(0.3)
+    driver.send_signal(how)
+    stdout, stderr = driver.communicate(timeout=180)
+    assert stdout == ""
+    if how is signal.SIGINT:
+        assert stderr.rstrip().endswith("KeyboardInterrupt")
+        assert stderr.startswith("Traceback")
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists()]
