@@ -44,10 +44,15 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write `obj` to `path` in one step: a reader, or a crash, meets the old file or the new one, never half of one."""
+    """Write `obj` to `path`, in one step like `write_text`."""
+    write_text(path, json.dumps(plain(obj), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` in one step: a reader, or a crash, meets the old file or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(plain(obj), indent=2, allow_nan=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,0 +1,332 @@
+"""The page of one run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import yaml  # type: ignore[import-untyped]
+
+from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, palette, partition_figure
+from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
+from fedssl.report.runs import METRICS, RAW_PIXELS, Run, flatten, tell_apart
+from fedssl.tracking import duration
+
+MAX_FAILURES = 200  # rows of the failures table
+MAX_MEASURES = 12  # pictures of client metrics beside the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One number of the headline, with small print."""
+
+    name: str
+    value: str
+    notes: Sequence[str | Cell]
+
+
+def run_page(run: Run, siblings: Sequence[Run]) -> str:
+    """The HTML page of `run`; `siblings` are other runs of its sweep, shown as controls where they can be."""
+    comparable = [other for other in siblings if other.completed and other.setting == run.setting]
+    labels = dict(zip(map(id, [run, *comparable]), _labels([run, *comparable]), strict=True))
+    metrics = run.final()
+    shown = [name for name in METRICS if name in metrics]
+    failures, counts = _failures(run)
+    return render(
+        "run.html.j2",
+        {
+            "run": run,
+            "title": f"{run.strategy} on {run.data}",
+            "facts": _facts(run),
+            "verdict": _verdict(run, comparable, labels),
+            "tiles": _tiles(run, shown),
+            "controls": _controls(run, comparable, labels),
+            "control_notes": _control_notes(siblings, comparable),
+            "families": _families(run),
+            "curves": _curves(run),
+            "federation": _federation(run),
+            "failures": failures,
+            "failure_counts": counts,
+            "measures": _measures(run),
+            "phases": _phases(run),
+            "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+            "manifest": _manifest(run),
+            "path": str(run.path),
+        },
+    )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Strategy names, with what sets runs of the same strategy apart, their seeds included."""
+    labels = [run.strategy for run in runs]
+    for strategy in set(labels):
+        same = [i for i, run in enumerate(runs) if run.strategy == strategy]
+        notes = tell_apart([{"seed": str(runs[i].seed)} | runs[i].choices for i in same])
+        for i, note in zip(same, notes, strict=True):
+            labels[i] += f" ({note})" if note else ""
+    return labels
+
+
+def _facts(run: Run) -> list[str]:
+    clients = [count for count in (_num_clients(run, family) for family in run.families) if count]
+    facts = [f"seed {run.seed}", plural(run.rounds, "round")]
+    if clients:
+        facts.append(f"{plural(sum(clients), 'client')} of {plural(len(clients), 'family', 'families')}")
+    if run.report_family:
+        facts.append(f"reported: {run.report_family}")
+    if isinstance(run.summary.get("wall_seconds"), int | float):
+        facts.append(duration(run.summary["wall_seconds"]))
+    return facts
+
+
+def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> str:
+    """One or two sentences on the most important metric that was measured; one seed decides nothing, so it says so."""
+    metrics = run.final()
+    name = next((name for name in METRICS if name in metrics), None)
+    if name is None:
+        return "Nothing was evaluated yet."
+    who = f"The clients' own {run.report_family} models reach a mean of" if f"{name}_min" in metrics else (
+        f"The global {run.report_family} reaches"
+    )  # fmt: skip
+    gains = [
+        f"{signed(metrics[name] - control[name])} against {title}"
+        for title, control in run.controls().items()
+        if name in control
+    ]
+    text = f"{who} {metrics[name]:.3f} top-1 ({METRICS[name]})" + (f": {', '.join(gains)}." if gains else ".")
+    scores = {labels[id(other)]: other.final()[name] - metrics[name] for other in siblings if name in other.final()}
+    if scores:
+        better = [label for label, score in scores.items() if score >= TIE]
+        equal = [label for label, score in scores.items() if abs(score) < TIE]
+        worse = [label for label, score in scores.items() if score <= -TIE]
+        parts = [("above ", worse), ("level with ", equal), ("below ", better)]
+        text += f" In its sweep it ends {'; '.join(word + ', '.join(names) for word, names in parts if names)}."
+        text += " One run each: differences of the size of the spread over seeds mean nothing."
+    return text
+
+
+def _tiles(run: Run, shown: Sequence[str]) -> list[Tile]:
+    metrics, controls = run.final(), run.controls()
+    tiles = []
+    for name in shown:
+        notes: list[str | Cell] = [
+            Cell(text=f"{title} {fraction(control[name])}", delta=metrics[name] - control[name])
+            for title, control in controls.items()
+            if name in control
+        ]
+        span = bounds(metrics, name)
+        if span is not None:
+            notes.insert(0, f"clients {span[0]:.3f} to {span[1]:.3f}")
+        tiles.append(Tile(name=f"{METRICS[name]}, top-1", value=fraction(metrics[name]), notes=notes))
+    for name, title in (("uplink_bytes", "uploaded by clients"), ("downlink_bytes", "sent to clients")):
+        total = run.total(name)
+        if total is not None:
+            per_round = [f"{human_bytes(total / run.rounds)} a round"] if run.rounds else []
+            tiles.append(Tile(name=title, value=human_bytes(total), notes=per_round))
+    return tiles
+
+
+def _controls(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> Table:
+    ours = run.final()
+    candidates = [run.final() for run in (run, *siblings)] + list(run.controls().values())
+    shown = [name for name in METRICS if any(name in metrics for metrics in candidates)]
+    table = Table(heads=["", *(METRICS[name] for name in shown), "up", "down", "time"])
+
+    def cells(metrics: Mapping[str, float]) -> list[Cell]:
+        return [accuracy(metrics, name, None if metrics is ours else ours) for name in shown]
+
+    def cost(other: Run) -> list[str]:
+        seconds = other.summary.get("wall_seconds")
+        totals = (other.total(name) for name in ("uplink_bytes", "downlink_bytes"))
+        texts = ["–" if total is None else human_bytes(total) for total in totals]
+        return [*texts, duration(seconds) if isinstance(seconds, int | float) else "–"]
+
+    table.rows.append(Row([f"{labels[id(run)]} (this run)", *cells(ours), *cost(run)], "self"))
+    first = shown[0] if shown else ""
+    for other in sorted(siblings, key=lambda other: -other.final().get(first, -1.0)):
+        label = labels[id(other)]
+        if other.report_family != run.report_family:
+            label += f" [{other.report_family}]"
+        table.rows.append(Row([label, *cells(other.final()), *cost(other)]))
+    for title, metrics in run.controls().items():
+        table.rows.append(Row([title, *cells(metrics), "", "", ""], "control"))
+    return table
+
+
+def _control_notes(siblings: Sequence[Run], comparable: Sequence[Run]) -> list[str]:
+    unfinished = sum(not other.completed for other in siblings)
+    foreign = len(siblings) - len(comparable) - unfinished
+    notes = []
+    if unfinished:
+        notes.append(f"{plural(unfinished, 'sibling')} of the sweep did not complete and {_is(unfinished)} left out.")
+    if foreign:
+        notes.append(f"{plural(foreign, 'sibling')} with other data or probes {_is(foreign)} left out.")
+    return notes
+
+
+def _families(run: Run) -> Table | None:
+    finals = {family: run.final(family) for family in run.families}
+    initial = {family: run.evaluated(family, last=False) for family in run.families}
+    shown = [name for name in METRICS if any(name in metrics for metrics in finals.values())]
+    if not shown:
+        return None
+    table = Table(heads=["family", "clients", *(METRICS[name] for name in shown)])
+    for family, metrics in finals.items():
+        cells = [accuracy(metrics, name, initial[family]) for name in shown]
+        clients = _num_clients(run, family)
+        table.rows.append(
+            Row(
+                [family, "–" if clients is None else str(clients), *cells],
+                "self" if family == run.report_family and len(finals) > 1 else "",
+            )
+        )
+    return table
+
+
+def _num_clients(run: Run, family: str) -> int | None:
+    count = ((run.summary.get("families") or {}).get(family) or {}).get("num_clients")
+    if count is None:
+        clients = run.frame("client")
+        count = clients.loc[clients["family"] == family, "partition"].nunique() or None
+    return None if count is None else int(count)
+
+
+def _curves(run: Run) -> list[Picture]:
+    colours = palette(run.families)
+    controls = run.controls().get("raw pixels", {})
+    pictures = []
+    rounds = run.eval[run.eval["family"] != RAW_PIXELS]
+    for name, title in METRICS.items():
+        if name not in rounds:
+            continue
+        curves = {
+            str(family): _curve(rows, name)
+            for family, rows in rounds.dropna(subset=[name]).groupby("family", sort=False)
+        }
+        if any(len(curve.x) > 1 for curve in curves.values()):
+            raw = {"raw pixels": controls[name]} if name in controls else {}
+            figure = curves_figure(curves, ylabel=f"{title}, top-1", colours=colours, controls=raw)
+            pictures.append(Picture(f"Accuracy: {title}", figure))
+    server = run.frame("server")
+    losses = {name: _curve(server.dropna(subset=[name]), name) for name in _numeric(server) if "loss" in name}
+    losses = {name: curve for name, curve in losses.items() if len(curve.x)}
+    if losses:
+        pictures.append(Picture("Loss on the server", curves_figure(losses, ylabel="loss")))
+    by_family = _client_curves(run, "loss")
+    if by_family:
+        figure = curves_figure(by_family, ylabel="loss", colours=colours)
+        pictures.append(Picture("Loss of the clients: mean and range of each family", figure))
+    return pictures
+
+
+def _curve(rows: pd.DataFrame, name: str) -> Curve:
+    rows = rows.sort_values("round")
+    low, high = (rows.get(f"{name}_{end}") for end in ("min", "max"))
+    band = low is not None and high is not None and bool(low.notna().all() and high.notna().all())
+    return Curve(
+        x=rows["round"].tolist(),
+        y=rows[name].tolist(),
+        low=low.tolist() if low is not None and band else None,
+        high=high.tolist() if high is not None and band else None,
+    )
+
+
+def _client_curves(run: Run, name: str) -> dict[str, Curve]:
+    clients = run.frame("client")
+    if name not in clients:
+        return {}
+    curves = {}
+    for family, rows in clients.dropna(subset=[name]).groupby("family", sort=False):
+        rounds = rows.groupby("round")[name].agg(["mean", "min", "max"])
+        curves[str(family)] = Curve(
+            x=rounds.index.tolist(),
+            y=rounds["mean"].tolist(),
+            low=rounds["min"].tolist(),
+            high=rounds["max"].tolist(),
+        )
+    return curves
+
+
+def _federation(run: Run) -> list[Picture]:
+    pictures = []
+    if run.partition is not None:
+        of = "labels of the clients' images" if len(run.partition.classes) > 1 else "images of the clients"
+        pictures.append(Picture(of.capitalize(), partition_figure(run.partition.counts, run.partition.classes)))
+    server = run.frame("server")
+    if {"uplink_bytes", "downlink_bytes"} <= set(server):
+        rows = server.fillna({"uplink_bytes": 0, "downlink_bytes": 0})
+        figure = bytes_figure(rows["round"].tolist(), rows["uplink_bytes"].tolist(), rows["downlink_bytes"].tolist())
+        pictures.append(Picture("Bytes a round, all clients together", figure))
+    return pictures
+
+
+def _failures(run: Run) -> tuple[list[dict[str, Any]], str]:
+    """Rows of the failures table, and a sentence with the counts."""
+    rounds = [row for row in run.rows if row["scope"] == "round"]
+    configured = (run.config.get("federation") or {}).get("families") or []
+    failures = [
+        {
+            "round": row["round"],
+            "partition": failure.get("partition", "–"),
+            "family": _family_of(failure, configured),
+            "kind": failure.get("kind", "–"),
+            "reason": failure.get("reason", "–"),
+        }
+        for row in rounds
+        for failure in (row.get("metrics") or {}).get("failures") or []
+    ]
+    counts = {
+        kind: sum(int((row.get("metrics") or {}).get(f"num_{kind}") or 0) for row in rounds)
+        for kind in ("ok", "failed", "late", "refused")
+    }
+    total = sum(counts.values())
+    if not rounds:
+        return failures, "No round has ended yet."
+    if total == counts["ok"] and not failures:
+        return failures, f"None: all {plural(total, 'client task')} of {plural(len(rounds), 'round')} replied."
+    numbers = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    more = f" The first {MAX_FAILURES} of {len(failures)}:" if len(failures) > MAX_FAILURES else ""
+    return failures[:MAX_FAILURES], f"Of {plural(total, 'client task')}: {numbers}.{more}"
+
+
+def _family_of(failure: Mapping[str, Any], families: Sequence[str]) -> str:
+    if failure.get("family"):
+        return str(failure["family"])
+    partition = failure.get("partition")
+    return str(families[partition % len(families)]) if families and isinstance(partition, int) else "–"
+
+
+def _measures(run: Run) -> list[Picture]:
+    clients = run.frame("client")
+    names = [name for name in _numeric(clients) if name != "loss" and clients[name].nunique() > 1]
+    colours = palette(run.families)
+    return [
+        Picture(name, curves_figure(_client_curves(run, name), ylabel=name, colours=colours))
+        for name in names[:MAX_MEASURES]
+    ]
+
+
+def _phases(run: Run) -> Table | None:
+    server = run.frame("server")
+    seconds = {name: server[name] for name in _numeric(server) if "seconds" in name}
+    if not seconds:
+        return None
+    table = Table(heads=["", "total", "mean a round", "slowest round"])
+    for name, values in sorted(seconds.items(), key=lambda item: -item[1].sum()):
+        table.rows.append(Row([name, *(duration(float(v)) for v in (values.sum(), values.mean(), values.max()))]))
+    return table
+
+
+def _manifest(run: Run) -> dict[str, str]:
+    flat = flatten(run.manifest)
+    return {key: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in flat.items() if v is not None}
+
+
+def _numeric(table: pd.DataFrame) -> list[str]:
+    """Metric columns that hold numbers."""
+    table = table.drop(columns=["round", "partition", "family"], errors="ignore")
+    return [str(name) for name in table.select_dtypes("number").columns]
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"

@@ -1,0 +1,310 @@
+"""Run directories, read back: what `INTERFACE.md` says lies in one, with everything that may be missing."""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml  # type: ignore[import-untyped]
+
+from fedssl.errors import ConfigError, DataError
+
+METRICS = {  # in the order of importance; the names are the reports' column heads
+    "linear_top1": "linear",
+    "knn_top1": "kNN",
+    "labels1_top1": "1 label",
+    "labels5_top1": "5 labels",
+    "labels10_top1": "10 labels",
+}
+RAW_PIXELS = "raw_pixels"  # the control's name where a family's would stand
+
+# Settings that say where or when a run happened, not what was run: they never tell two runs apart.
+INCIDENTAL = ("seed", "run_dir", "resume", "replay", "grid", "device", "max_seconds", "hydra", "client.store")
+INCIDENTAL_OF_DATA = ("data.root", "data.download", "data.cache", "evaluate.root", "evaluate.every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The label histogram of a `partition.npz`: (clients, classes) counts; one column of sizes without labels."""
+
+    counts: "np.ndarray[Any, np.dtype[np.integer[Any]]]"
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One run directory; `summary`, `manifest`, `rows` and `partition` may be empty when it was cut short."""
+
+    path: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+    rows: list[dict[str, Any]]
+    partition: Partition | None
+
+    @property
+    def status(self) -> str:
+        """Of `summary.json`; "unfinished" where there is none: still running, or killed."""
+        return str(self.summary.get("status", "unfinished"))
+
+    @property
+    def completed(self) -> bool:
+        """Whether its numbers may enter a mean or serve as a control."""
+        return self.status == "completed"
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy's YAML; of a run without a summary, what `_target_` suggests."""
+        if "strategy" in self.summary:
+            return str(self.summary["strategy"])
+        node = self.config.get("strategy")
+        if not isinstance(node, Mapping):
+            return str(node)
+        target = str(node.get("_target_", "?")).split(".")
+        return str(node.get("name") or (target[1] if target[0] == "strategies" and len(target) > 1 else target[-1]))
+
+    @property
+    def data(self) -> str:
+        """Name of the private images."""
+        node = self.config.get("data")
+        return str(self.summary.get("data") or (node.get("name", "?") if isinstance(node, Mapping) else node))
+
+    @property
+    def seed(self) -> int | None:
+        """The run's one seed."""
+        return self.summary.get("seed", self.config.get("seed"))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds done; of a run without a summary, the last one with a row."""
+        return int(self.summary.get("rounds") or max((row["round"] for row in self.rows), default=0))
+
+    @property
+    def report_family(self) -> str | None:
+        """The family that the headline speaks of."""
+        configured = self.summary.get("report_family") or (self.config.get("federation") or {}).get("report_family")
+        return configured or next(iter(self.families), None)
+
+    @cached_property
+    def families(self) -> tuple[str, ...]:
+        """All families with an evaluation, in the order of the summary."""
+        found = list(self.summary.get("families") or {})
+        if not self.eval.empty:
+            found += self.eval["family"].dropna().tolist()
+        return tuple(dict.fromkeys(str(family) for family in found if family != RAW_PIXELS))
+
+    @cached_property
+    def eval(self) -> pd.DataFrame:
+        """Rows of scope "eval": columns round, partition, family and one per metric."""
+        return self.frame("eval")
+
+    def frame(self, scope: str) -> pd.DataFrame:
+        """The rows of one scope as a table; nested metrics become "outer.inner"."""
+        rows = [
+            {"round": row["round"], "partition": row.get("partition"), "family": row.get("family")}
+            | flatten(row.get("metrics") or {})
+            for row in self.rows
+            if row["scope"] == scope
+        ]
+        return pd.DataFrame(rows, columns=None if rows else ["round", "partition", "family"])
+
+    def evaluated(self, family: str | None, *, last: bool) -> dict[str, float]:
+        """Numbers of the family's last evaluation, or of its first one if that is round 0; empty if there is none."""
+        table = self.eval[self.eval["family"] == family].sort_values("round")
+        table = table if last else table[table["round"] == 0]
+        if table.empty:
+            return {}
+        return numbers({str(key): value for key, value in table.iloc[-1].items() if key not in ("round", "partition")})
+
+    def final(self, family: str | None = None) -> dict[str, float]:
+        """Metrics at the end, of the report family if none is named; of an unfinished run, at its last evaluation."""
+        family = family or self.report_family
+        ours = family == self.report_family
+        summary = (self.summary.get("families") or {}).get(family) or {}
+        return self.evaluated(family, last=True) | numbers(summary) | (numbers(self.summary) if ours else {})
+
+    def controls(self, family: str | None = None) -> dict[str, dict[str, float]]:
+        """What the family must beat: itself before training, and its input; those of the two that were evaluated."""
+        family = family or self.report_family
+        found = {
+            "random init": self.evaluated(family, last=False),
+            "raw pixels": self.evaluated(RAW_PIXELS, last=True),
+        }
+        return {name: metrics for name, metrics in found.items() if metrics}
+
+    def total(self, name: str) -> float | None:
+        """`uplink_bytes` or another sum over rounds; of an unfinished run, so far."""
+        if isinstance(self.summary.get(name), int | float):
+            return float(self.summary[name])
+        rounds = self.frame("server")
+        return float(rounds[name].sum()) if name in rounds else None
+
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The flattened configuration without what is incidental: what makes two runs the same but for the seed."""
+        return _settings(self.config, drop=INCIDENTAL + INCIDENTAL_OF_DATA)
+
+    @cached_property
+    def setting(self) -> dict[str, str]:
+        """The part of the configuration that decides whether two runs' accuracies may be compared at all."""
+        part = {key: self.config.get(key) for key in ("data", "evaluate")}
+        return {"data": self.data} | _settings(part, drop=INCIDENTAL_OF_DATA)
+
+
+def read_run(path: Path) -> Run:
+    """The run in directory `path`.
+
+    Raises:
+        DataError: a file is missing or broken; the message names it.
+    """
+    config = _read(path / "config.yaml", yaml.safe_load)
+    if not isinstance(config, dict):
+        raise DataError(f"{path / 'config.yaml'} is missing or holds no mapping.")
+    return Run(
+        path=path,
+        config=config,
+        summary=_mapping(path / "summary.json"),
+        manifest=_mapping(path / "manifest.json"),
+        rows=_read(path / "metrics.jsonl", _rows) or [],
+        partition=_read_partition(path / "partition.npz"),
+    )
+
+
+def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
+    """All runs at or below `paths`, each once, and the broken directories with the reason.
+
+    A run is a directory with `metrics.jsonl` or `summary.json` beside `config.yaml`; below it there are no others.
+
+    Raises:
+        ConfigError: a path does not exist, or no run is found.
+    """
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise ConfigError(f"No such directory: {', '.join(missing)}. Give run directories, or folders that hold some.")
+    runs: list[Run] = []
+    broken: dict[Path, str] = {}
+    seen: set[Path] = set()
+    for directory in (found for path in paths for found in _run_directories(path)):
+        if directory.resolve() in seen:
+            continue
+        seen.add(directory.resolve())
+        try:
+            runs.append(read_run(directory))
+        except DataError as error:
+            broken[directory] = str(error)
+    if not runs:
+        hint = "".join(f"\nskipped: {reason}" for reason in broken.values())
+        raise ConfigError(
+            f"No run in {', '.join(map(str, paths))}: a run directory holds config.yaml and metrics.jsonl. "
+            f"`fedssl` writes them to runs/, a sweep below its hydra.sweep.dir.{hint}"
+        )
+    return runs, broken
+
+
+def _run_directories(root: Path) -> Iterator[Path]:
+    for name, folders, files in os.walk(root):
+        if "metrics.jsonl" in files or ("summary.json" in files and "config.yaml" in files):
+            folders.clear()  # a client store may hold a million files
+            yield Path(name)
+        folders.sort(key=lambda folder: (len(folder), folder))  # job 2 of a sweep comes before job 10
+
+
+def tell_apart(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """For each of several flat configurations, what sets it apart from the others: "dim=64, codec=Factor" or ""."""
+    keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
+    short = {key: key.rpartition(".")[2] for key in keys}
+    names: dict[str, str] = {}
+    for key in keys:
+        parents = key.split(".")[:-1]
+        if short[key] == "_target_" and parents:
+            names[key] = parents[-1]
+        else:
+            names[key] = short[key] if list(short.values()).count(short[key]) == 1 else key
+
+    def text(setting: Mapping[str, str]) -> str:
+        values = {key: setting.get(key, "unset") for key in keys}
+        return ", ".join(
+            f"{names[key]}={value.rpartition('.')[2] if key.endswith('_target_') else value}"
+            for key, value in values.items()
+        )
+
+    return [text(setting) for setting in settings]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; lists stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    return {
+        key: float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
+    }
+
+
+def _settings(config: Mapping[str, Any], *, drop: Sequence[str]) -> dict[str, str]:
+    def incidental(key: str) -> bool:
+        return key.rpartition(".")[2] == "seed" or any(key == name or key.startswith(f"{name}.") for name in drop)
+
+    return {
+        key: "null" if value is None else str(value) for key, value in flatten(config).items() if not incidental(key)
+    }
+
+
+def _read(path: Path, parse: Any) -> Any:
+    """What `parse` makes of the file's text; None where there is no file."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    found = _read(path, json.loads)
+    if found is not None and not isinstance(found, dict):
+        raise DataError(f"{path} holds no mapping.")
+    return found or {}
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    *lines, tail = text.split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    with suppress(ValueError):  # a run that was killed, or is running, may leave half a line at the end; nowhere else
+        rows += [json.loads(tail)] if tail else []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not {"round", "scope"} <= row.keys():
+            raise ValueError(f"line {number} is no row with round and scope")
+    return rows
+
+
+def _read_partition(path: Path) -> Partition | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            counts, classes = arrays["counts"], tuple(map(str, arrays["classes"]))
+            if counts.size == 0:
+                counts, classes = np.diff(arrays["offsets"])[:, None], ("images",)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if counts.ndim != 2 or counts.shape[1] != len(classes):
+        raise DataError(f"{path} holds counts of shape {counts.shape} for {len(classes)} classes.")
+    return Partition(counts=counts, classes=classes)

@@ -1,0 +1,468 @@
+"""Reports of made-up run directories: the numbers must come out again, and nothing else may come in."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fedssl.errors import ConfigError, DataError
+from fedssl.report import compare, main, write_run_report
+from fedssl.report.comparison import Comparison, sort_runs
+from fedssl.report.runs import find_runs, tell_apart
+
+FAMILIES = ("conv4_16", "resnet8", "conv4_32")
+INITIAL = {"linear_top1": 0.51, "knn_top1": 0.41, "labels1_top1": 0.31}
+RAW = {"linear_top1": 0.901, "knn_top1": 0.902, "labels1_top1": 0.403}
+
+
+def make_run(
+    path: Path,
+    *,
+    strategy: str = "flesd",
+    seed: int = 0,
+    linear: float = 0.987,  # of the report family, at the end
+    status: str | None = "completed",  # None: no summary.json
+    num_rounds: int = 3,
+    families: Sequence[str] = FAMILIES,
+    failures: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,  # round -> failures
+    config: Mapping[str, Any] | None = None,
+    spread: float | None = None,  # of the clients' own models, where there is no global one
+    data: str = "digits",
+    classes: Sequence[str] = ("zero", "one", "two"),
+) -> Path:
+    """A run directory as INTERFACE.md describes it: 5 clients, 1 kB up and 2 kB down a client and round."""
+    path.mkdir(parents=True)
+    failures = failures or {}
+    final = {"linear_top1": linear, "knn_top1": linear - 0.02, "labels1_top1": linear - 0.2}
+
+    def at(share: float, worse: float) -> dict[str, float]:
+        metrics = {name: INITIAL[name] + share * (final[name] - worse - INITIAL[name]) for name in INITIAL}
+        if spread is not None:
+            for name in INITIAL:
+                metrics |= {f"{name}_min": metrics[name] - spread, f"{name}_max": metrics[name] + spread}
+        return metrics
+
+    rows: list[dict[str, Any]] = []
+
+    def row(
+        round_num: int, scope: str, metrics: Mapping[str, Any], partition: int | None = None, family: str | None = None
+    ) -> None:
+        rows.append(
+            {"round": round_num, "scope": scope, "partition": partition, "family": family, "metrics": dict(metrics)}
+        )
+
+    row(0, "eval", RAW, family="raw_pixels")
+    for round_num in range(num_rounds + 1):
+        for i, family in enumerate(families):
+            row(round_num, "eval", at(round_num / num_rounds, 0.01 * i), family=family)
+        if round_num == 0:
+            continue
+        failed = {failure["partition"] for failure in failures.get(round_num, ())}
+        for partition in range(5):
+            if partition not in failed:
+                metrics = {"loss": 4 / round_num + 0.1 * partition, "effective_rank": 3.0 + partition, "seconds": 0.5}
+                row(round_num, "client", metrics, partition, families[partition % len(families)])
+        counts = {"num_ok": 5 - len(failed), "num_failed": len(failed), "num_late": 0, "num_refused": 0}
+        row(round_num, "round", counts | {"failures": list(failures.get(round_num, ()))})
+        traffic = {"uplink_bytes": 5000, "downlink_bytes": 10000}
+        row(round_num, "server", traffic | {"loss": 3 / round_num, "seconds_distill": 1.5})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    full = {
+        "seed": seed,
+        "strategy": {"_target_": f"strategies.{strategy}.{strategy.upper()}"},
+        "data": {"name": data, "root": None},
+        "federation": {"num_clients": 5, "families": list(families), "report_family": families[0]},
+        "run_dir": str(path),
+    } | dict(config or {})
+    (path / "config.yaml").write_text(yaml.safe_dump(full))
+    manifest = {"seed": seed, "versions": {"torch": "9.8.7"}, "data": {f"{data}/train": "0a1b" * 16}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    counts = np.arange(15).reshape(5, 3) + seed
+    indices, offsets = np.arange(counts.sum()), np.concatenate([[0], counts.sum(1).cumsum()])
+    np.savez(
+        path / "partition.npz",
+        indices=indices, offsets=offsets, public=np.arange(4), counts=counts, classes=np.array(classes),
+    )  # fmt: skip
+    if status is not None:
+        summary = {"status": status, "strategy": strategy, "data": data, "seed": seed, "rounds": num_rounds}
+        summary |= {"report_family": families[0], **at(1.0, 0.0)}
+        summary["families"] = {
+            family: at(1.0, 0.01 * i) | {"num_clients": len(range(i, 5, len(families)))}
+            for i, family in enumerate(families)
+        }
+        summary |= {"uplink_bytes": 5000 * num_rounds, "downlink_bytes": 10000 * num_rounds, "wall_seconds": 75.0}
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def texts(page: str) -> str:
+    """What a reader sees: the page without tags, style and pictures' inner white space."""
+    page = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def assert_self_contained(page: str) -> None:
+    assert not re.search(r"<(script|link|iframe|img|object|embed)\b", page)
+    assert not re.search(r"(src|href|url\()\s*=?\s*[\"']?\s*(https?:)?//", page)
+    assert "@import" not in page
+    references = set(re.findall(r'(?:xlink:href|clip-path)="(?:url\()?#([^")]*)', page))
+    assert references <= set(re.findall(r'id="([^"]*)"', page))  # every picture brings what it uses
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read words: drawing is nine tenths of a page's time."""
+    monkeypatch.setattr("fedssl.report.pages.svg", lambda figure: "<svg></svg>")
+
+
+words = pytest.mark.usefixtures("without_pictures")
+
+
+# --- the report of one run
+
+
+def test_the_numbers_of_a_run_are_on_its_page(tmp_path: Path) -> None:
+    path = write_run_report(make_run(tmp_path / "run", linear=0.987, num_rounds=3))
+    page = path.read_text()
+    seen = texts(page)
+    assert path == tmp_path / "run" / "report.html"
+    assert "flesd on digits completed" in seen
+    assert "The global conv4_16 reaches 0.987 top-1 (linear): +0.477 against random init" in seen
+    assert "+0.086 against raw pixels" in seen
+    assert "kNN, top-1 0.967" in seen
+    assert "1 label, top-1 0.787" in seen
+    assert "resnet8 2 0.977" in seen  # the families' table: clients, linear one point below
+    assert "conv4_32 1 0.967" in seen
+    assert "15 kB" in seen  # 3 rounds x 5 clients x 1 kB up
+    assert "30 kB" in seen
+    assert "10 kB a round" in seen
+    assert "None: all 15 client tasks of 3 rounds replied." in seen
+    assert "1 min 15 s" in seen
+    assert "report_family: conv4_16" in seen  # the configuration
+    assert "9.8.7" in seen
+    assert "0a1b" * 16 in seen
+    assert_self_contained(page)
+
+
+def test_every_kind_of_picture_is_drawn(tmp_path: Path) -> None:
+    page = write_run_report(make_run(tmp_path / "run")).read_text()
+    captions = re.findall(r"<figure><figcaption>(.*?)</figcaption>\s*<svg", page)
+    assert captions == [
+        "Accuracy: linear",
+        "Accuracy: kNN",
+        "Accuracy: 1 label",
+        "Loss on the server",
+        "Loss of the clients: mean and range of each family",
+        "Labels of the clients' images",
+        "Bytes a round, all clients together",
+        "effective_rank",
+    ] or captions == [caption.replace("'", "&#39;") for caption in captions]
+
+
+@words
+def test_failed_clients_are_named_with_their_reason(tmp_path: Path) -> None:
+    failure = {"partition": 3, "kind": "failed", "reason": "CUDA out of memory <2 GiB>"}
+    late = {"partition": 1, "kind": "late", "reason": "no reply in 5 s"}
+    page = write_run_report(make_run(tmp_path / "run", failures={2: [failure, late]})).read_text()
+    seen = texts(page)
+    assert "2 3 conv4_16 failed CUDA out of memory &lt;2 GiB&gt;" in seen  # partition 3 runs families[3 % 3]
+    assert "2 1 resnet8 late no reply in 5 s" in seen
+    assert "Of 15 client tasks: 13 ok, 2 failed" in seen
+
+
+@words
+def test_finished_siblings_are_control_rows_best_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "0", linear=0.980)
+    better = make_run(tmp_path / "1", strategy="centralized", linear=0.991)
+    local = make_run(tmp_path / "2", strategy="local_only", linear=0.950, spread=0.02)
+    level = make_run(tmp_path / "3", strategy="fedavg", linear=0.9801)
+    running = make_run(tmp_path / "4", strategy="placebo", status=None)
+    foreign = make_run(tmp_path / "5", strategy="public_only", data="cifar10")
+    (tmp_path / "6").mkdir()
+    siblings = [run, local, better, level, running, foreign, tmp_path / "6"]
+    seen = texts(write_run_report(run, siblings).read_text())
+    table = seen[seen.index("Against the controls") : seen.index("Families")]
+    order = ["flesd (this run) 0.980", "centralized 0.991 +0.011", "fedavg 0.980 +0.000"]
+    order += ["local_only 0.950 −0.030 0.930–0.970", "random init 0.510 −0.470", "raw pixels 0.901 −0.079"]
+    positions = [table.index(row) for row in order]
+    assert positions == sorted(positions)
+    assert "placebo" not in table
+    assert "public_only" not in table
+    assert "1 sibling of the sweep did not complete and is left out." in seen
+    assert "1 sibling with other data or probes is left out." in seen
+    assert "above local_only; level with fedavg; below centralized" in seen
+
+
+@words
+def test_siblings_of_one_strategy_are_told_apart(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "0", seed=0)
+    other = make_run(tmp_path / "1", seed=1, linear=0.97)
+    seen = texts(write_run_report(run, [other]).read_text())
+    assert "flesd (seed=0) (this run) 0.987" in seen
+    assert "flesd (seed=1) 0.970 −0.017" in seen
+
+
+@words
+def test_a_strategy_without_a_global_model_shows_mean_and_range(tmp_path: Path) -> None:
+    seen = texts(write_run_report(make_run(tmp_path / "run", linear=0.9, spread=0.05)).read_text())
+    assert "The clients&#39; own conv4_16 models reach a mean of 0.900 top-1 (linear)" in seen
+    assert "clients 0.850 to 0.950" in seen
+
+
+def test_text_from_the_run_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    run = make_run(
+        tmp_path / "run",
+        strategy=evil,
+        data=evil,
+        families=[evil, "$x$", "_hidden"],
+        failures={1: [{"partition": 0, "kind": evil, "reason": evil}]},
+        config={"note": evil},
+        classes=(evil, "$\\broken{", "_c"),
+    )
+    page = write_run_report(run, [make_run(tmp_path / "other", strategy=evil + "2", data=evil)]).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "$\\broken{" in page  # printed as it is, not as mathematics
+    compare([tmp_path], tmp_path / "out")
+    assert "<script" not in (tmp_path / "out" / "report.html").read_text()
+
+
+@words
+def test_a_run_that_was_killed_reports_what_it_has(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status=None, num_rounds=2, linear=0.9)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "scope": "cli')
+    for name in ("manifest.json", "partition.npz"):
+        (run / name).unlink()
+    seen = texts(write_run_report(run).read_text())
+    assert "flesd on digits unfinished" in seen
+    assert "The global conv4_16 reaches 0.900" in seen
+    assert "2 rounds" in seen
+    assert "10 kB" in seen  # summed from the rounds' rows
+
+
+@words
+def test_a_run_without_rows_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status=None)
+    (run / "metrics.jsonl").write_text("")
+    seen = texts(write_run_report(run).read_text())
+    assert "Nothing was evaluated yet." in seen
+    assert "No round has ended yet." in seen
+
+
+def test_null_metrics_are_gaps(tmp_path: Path) -> None:
+    """A diverged client's loss is null in metrics.jsonl."""
+    run = make_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(
+        text.replace('"loss": 4.0', '"loss": null').replace('"loss": 3.0', '"loss": null')
+    )
+    assert "nan" not in texts(write_run_report(run).read_text()).lower()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("config.yaml", "- list", "config.yaml is missing or holds no mapping"),
+        ("summary.json", "{", "summary.json cannot be read"),
+        ("summary.json", "[]", "summary.json holds no mapping"),
+        ("metrics.jsonl", "{}\n", "line 1 is no row with round and scope"),
+        ("metrics.jsonl", "{\n{}\n", "metrics.jsonl cannot be read"),
+        ("partition.npz", "PK", "partition.npz cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, file: str, text: str, message: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / file).write_text(text)
+    with pytest.raises(DataError, match=message):
+        write_run_report(run)
+
+
+# --- the comparison
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two strategies of three and two seeds, one alone, one stopped, one killed, two broken."""
+    root = tmp_path_factory.mktemp("sweep")
+    for seed, linear in enumerate((0.97, 0.98, 0.99)):
+        make_run(root / str(seed), seed=seed, linear=linear)
+    for seed, linear in enumerate((0.95, 0.96)):
+        make_run(root / str(3 + seed), strategy="fedavg", seed=seed, linear=linear)
+    make_run(root / "10", strategy="local_only", linear=0.90, spread=0.05)
+    make_run(root / "11", strategy="placebo", linear=0.6, status="stopped")
+    make_run(root / "12", strategy="centralized", linear=0.61, status=None)
+    (make_run(root / "13") / "summary.json").write_text("{")
+    (make_run(root / "14") / "config.yaml").unlink()
+    write_run_report(root / "0")
+    return root
+
+
+@words
+def test_means_over_seeds(sweep: Path, tmp_path: Path) -> None:
+    compare([sweep], tmp_path)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    means = {line.split(" | ")[0].lstrip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
+    assert means["flesd"][1:3] == ["3", "0.980 ± 0.010"]
+    assert means["fedavg"][1:3] == ["2", f"0.955 ± {math.sqrt(0.5) * 0.01:.3f}"]  # the sample's deviation
+    assert means["local_only"][1:3] == ["1", "0.900 (0.850–0.950)"]
+    assert means["placebo"][1:3] == ["0 of 1", "–"]  # a run that was stopped enters no mean
+    assert means["random init"][1:3] == ["3", "0.510 ± 0.000"]
+    assert means["raw pixels"][1:3] == ["3", "0.901 ± 0.000"]
+    seen = texts((tmp_path / "report.html").read_text())
+    for cells in (means["flesd"], means["fedavg"]):
+        assert " ".join(cells[1:4]) in seen
+    assert "local_only 1 0.900 0.850–0.950 0.880 0.830–0.930" in seen
+    assert "2 runs did not complete: not in the means." in seen
+
+
+@words
+def test_every_run_is_a_row_of_the_csv(sweep: Path, tmp_path: Path) -> None:
+    compare([sweep], tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["run_dir"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [str(sweep / name) for name in ("0", "1", "2", "3", "4", "10", "11", "12")]
+    first = rows[str(sweep / "0")]
+    assert first["strategy"] == "flesd"
+    assert float(first["linear_top1"]) == 0.97
+    assert float(first["families.resnet8.linear_top1"]) == pytest.approx(0.96)
+    assert first["uplink_bytes"] == "15000"
+    assert float(first["raw_pixels.knn_top1"]) == 0.902
+    assert float(first["random_init.labels1_top1"]) == 0.31
+    assert [rows[str(sweep / name)]["status"] for name in ("11", "12")] == ["stopped", "unfinished"]
+    assert rows[str(sweep / "12")]["strategy"] == "centralized"  # told from the configuration
+    assert float(rows[str(sweep / "12")]["linear_top1"]) == 0.61  # its last evaluation
+    assert float(rows[str(sweep / "10")]["linear_top1_max"]) == pytest.approx(0.95)
+
+
+def test_the_page_shows_controls_partitions_and_links(sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    compare([sweep], out)
+    page = (out / "report.html").read_text()
+    assert_self_contained(page)
+    links = re.findall(r'<a href="([^"]*)"', page)
+    assert len(links) == 1  # only run 0 has a report
+    assert (out / links[0]).resolve() == sweep / "0" / "report.html"
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert "linear: at the end" in captions
+    assert "linear: over the rounds" in captions
+    assert "seed 0, 5 runs" in captions  # one picture a partition, not one a run
+    assert "seed 2, 1 run" in captions
+
+
+@words
+def test_broken_runs_are_named_and_skipped(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep), "-o", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    for where in (printed.err, (tmp_path / "results.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert str(sweep / "13" / "summary.json") in where
+        assert str(sweep / "14" / "config.yaml") in where
+    assert str(tmp_path / "report.html") in printed.out
+
+
+@words
+def test_out_may_lie_inside_and_a_second_call_finds_the_same(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a")
+    out = tmp_path / "runs" / "report"
+    assert main([str(tmp_path / "runs"), "-o", str(out)]) == 0
+    first = (out / "results.csv").read_text()
+    assert main([str(tmp_path / "runs"), str(tmp_path / "runs" / "a"), "-o", str(out)]) == 0  # a run counts once
+    assert (out / "results.csv").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"), [("nowhere", "No such directory: .*nowhere"), ("empty", "No run in ")]
+)
+def test_nothing_to_compare_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / argument), "-o", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err)
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_broken_runs_is_an_error_that_names_them(tmp_path: Path) -> None:
+    (make_run(tmp_path / "a") / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"No run in .*\nskipped: .*summary\.json cannot be read"):
+        compare([tmp_path], tmp_path / "out")
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match=r"-o .* cannot be made a folder"):
+        compare([tmp_path], tmp_path / "out")
+
+
+def test_settings_tell_groups_of_one_strategy_apart(tmp_path: Path) -> None:
+    for i, (dim, seed) in enumerate([(64, 0), (64, 1), (128, 0)]):
+        codec = {"codec": {"_target_": "fedssl.codecs.Factor", "dim": dim}}
+        make_run(tmp_path / str(i), seed=seed, linear=0.9 + dim / 10_000, config=codec)
+    runs, broken = find_runs([tmp_path])
+    text = Comparison(runs=runs, broken=broken, sections=sort_runs(runs)).summary()
+    assert "| flesd (dim=128) | 1 | 0.913 |" in text
+    assert "| flesd (dim=64) | 2 | 0.906 ± 0.000 |" in text
+
+
+def test_other_data_or_another_family_is_another_section(tmp_path: Path) -> None:
+    make_run(tmp_path / "0")
+    make_run(tmp_path / "1", data="cifar10")
+    make_run(tmp_path / "2", families=["resnet8"])
+    make_run(tmp_path / "3", config={"data": {"name": "digits", "root": None, "num_images": 100}})
+    titles = [section.title for section in sort_runs(find_runs([tmp_path])[0])]
+    assert titles == [
+        "digits, conv4_16 (num_images=unset)",
+        "cifar10, conv4_16",
+        "digits, resnet8 (num_images=unset)",
+        "digits, conv4_16 (num_images=100)",
+    ]
+
+
+def test_where_and_when_a_run_ran_does_not_split_groups(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", seed=0, config={"device": "cpu", "grid": {"_target_": "a.Ray", "x": 1}})
+    make_run(tmp_path / "1", seed=1, config={"device": "cuda", "grid": {"_target_": "a.InProcess"}, "max_seconds": 9})
+    (section,) = sort_runs(find_runs([tmp_path])[0])
+    assert [(group.label, len(group.runs)) for group in section.groups] == [("flesd", 2)]
+
+
+def test_unlabelled_partitions_show_sizes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    np.savez(
+        run / "partition.npz",
+        indices=np.arange(9), offsets=np.array([0, 2, 9]), public=np.arange(1),
+        counts=np.zeros((0, 0), dtype=np.int64), classes=np.array([], dtype=str),
+    )  # fmt: skip
+    assert "Images of the clients" in write_run_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        ([{"a": "1"}, {"a": "1"}], ["", ""]),
+        ([{"c.dim": "64"}, {"c.dim": "128"}], ["dim=64", "dim=128"]),
+        ([{"c.dim": "1", "d.dim": "1"}, {"c.dim": "2", "d.dim": "3"}], ["c.dim=1, d.dim=1", "c.dim=2, d.dim=3"]),
+        ([{"codec._target_": "f.Dense"}, {"codec._target_": "f.Factor"}], ["codec=Dense", "codec=Factor"]),
+        ([{"a": "1"}, {}], ["a=1", "a=unset"]),
+    ],
+)
+def test_tell_apart(settings: list[dict[str, str]], notes: list[str]) -> None:
+    assert tell_apart(settings) == notes
+
+
+def test_the_command_does_not_import_torch() -> None:
+    code = "import sys, fedssl.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
