@@ -1,0 +1,257 @@
+"""The `fedssl` command: one simulation, a sweep, a resume or a replay.
+
+Exit codes: 0 completed; 2 bad input; 3 too few replies; 4 stopped by max_seconds; 1 a bug; 130 interrupted.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedssl.config import CONFIG_NAME, compose, conf_dir, message_of, resolve
+from fedssl.errors import ConfigError, FedSSLError
+
+OK, BUG, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 4, 130
+
+# What a resume may change without changing what the run means.
+RESUMABLE = ("grid", "device", "data.root", "federation.num_rounds")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.path.append(str(Path.cwd()))  # a user's own modules, as `python -m fedssl` finds them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; we print it
+    for name in ("RAY_USAGE_STATS_ENABLED", "FLWR_TELEMETRY_ENABLED"):
+        os.environ.setdefault(name, "0")
+    special = {key: _value(arguments, key) for key in ("resume", "replay.run", "replay.round", "replay.partition")}
+    if special["resume"] is not None:
+        return _report_errors(lambda: _resume(Path(special["resume"] or ""), arguments))
+    if any(special[key] is not None for key in ("replay.run", "replay.round", "replay.partition")):
+        return _report_errors(lambda: _replay(special, arguments))
+    return _compose_and_run(arguments)
+
+
+def _compose_and_run(arguments: list[str]) -> int:
+    """Let Hydra compose one job or a sweep of them; the exit code is the largest of the jobs'."""
+    codes: list[int] = []
+    finished: list[Path] = []
+
+    def job(config: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        run_dir = Path(hydra_config.runtime.output_dir)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
+        elif not Path(hydra_config.run.dir).is_absolute():
+            run_dir = Path(hydra_config.run.dir)  # as the user wrote it
+        choices = OmegaConf.to_container(hydra_config.runtime.choices)
+        assert isinstance(choices, dict)
+        siblings = list(finished)
+        code = _report_errors(lambda: _run(config, choices, run_dir, siblings))
+        codes.append(code)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code == BAD_INPUT and run_dir.is_dir() and not any(run_dir.iterdir()):
+            run_dir.rmdir()  # Hydra made it
+        if code == OK:
+            finished.append(run_dir)
+
+    OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
+    command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)
+    before = sys.argv
+    sys.argv = ["fedssl", *arguments]
+    try:
+        if _is_sweep(arguments) and _value(arguments, "run_dir") is not None:
+            raise ConfigError(
+                "run_dir= is for one run; a sweep numbers its runs under hydra.sweep.dir= (got both -m and run_dir=)"
+            )
+        command()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        sys.argv = before
+    if len(finished) > 1:
+        _rewrite_reports(finished)
+    return max(codes, default=OK)
+
+
+def _run(config: DictConfig, choices: Mapping[Any, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
+    from fedssl.federation import simulation  # torch, Flower: not for --help
+
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
+        )
+    resolved = resolve(config, choices)
+    for key in ("resume", "replay"):
+        del resolved[key]
+    resolved["run_dir"] = str(run_dir)
+    return _finish(simulation.run(resolved), run_dir, siblings)
+
+
+def _resume(run_dir: Path, arguments: Sequence[str]) -> int:
+    from fedssl.federation import simulation
+
+    config = _saved_config(run_dir, "resume")
+    overrides = [argument for argument in arguments if not argument.startswith("resume=")]
+    for override in overrides:
+        key = override.split("=", 1)[0]
+        if not any(key == allowed or (allowed == "grid" and key.startswith("grid.")) for allowed in RESUMABLE):
+            raise ConfigError(
+                f"{override} would change what the run in {run_dir} means; a resume allows {', '.join(RESUMABLE)} "
+                f"(and grid.*). Everything else is read from {run_dir / 'config.yaml'}."
+            )
+    changed = _apply(config, overrides)
+    _check_num_rounds(config, changed)
+    summary_path = run_dir / "summary.json"
+    if summary_path.exists():
+        summary = json.loads(summary_path.read_text())
+        if summary["status"] == "completed" and summary["rounds"] >= changed["federation"]["num_rounds"]:
+            _print_summary(summary, run_dir)
+            return OK
+    changed["run_dir"] = str(run_dir)
+    return _finish(simulation.resume(changed, run_dir), run_dir, [])
+
+
+def _replay(special: Mapping[str, str | None], arguments: Sequence[str]) -> int:
+    from fedssl.federation import simulation
+
+    missing = [key for key in ("replay.run", "replay.round", "replay.partition") if special[key] is None]
+    if missing:
+        raise ConfigError(f"a replay needs replay.run, .round and .partition; missing: {', '.join(missing)}")
+    try:
+        round_num, partition_id = int(special["replay.round"] or ""), int(special["replay.partition"] or "")
+    except ValueError:
+        raise ConfigError(
+            f"replay.round and replay.partition are whole numbers, got {special['replay.round']} and "
+            f"{special['replay.partition']}"
+        ) from None
+    others = [argument for argument in arguments if not argument.startswith("replay.")]
+    if any(argument.split("=", 1)[0] not in ("device", "data.root") for argument in others):
+        raise ConfigError(f"in a replay only device= and data.root= may change, got {' '.join(others)}")
+    run_dir = Path(special["replay.run"] or "")
+    config = _apply(_saved_config(run_dir, "replay.run"), others)
+    metrics = simulation.replay(config, run_dir, round_num=round_num, partition_id=partition_id)
+    print(json.dumps({"round": round_num, "partition": partition_id, "metrics": metrics}, indent=2))
+    return OK
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+def _report_errors(work: Callable[[], int]) -> int:
+    """Do `work`; turn what it raises into one message and an exit code. Only a bug has a traceback."""
+    try:
+        return work()
+    except FedSSLError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is kept, resume=<run directory> goes on", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return BUG
+
+
+def _finish(summary: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
+    from fedssl.report import write_run_report
+
+    write_run_report(run_dir, siblings)
+    _print_summary(summary, run_dir)
+    return STOPPED if summary["status"] == "stopped" else OK
+
+
+def _rewrite_reports(runs: Sequence[Path]) -> None:
+    """After a sweep's last job every report can show all of its siblings."""
+    from fedssl.report import write_run_report
+
+    for run_dir in runs:
+        write_run_report(run_dir, [sibling for sibling in runs if sibling != run_dir])
+
+
+def _print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
+    print(
+        f"\n{summary['strategy']} on {summary['data']}: {summary['status']} after {summary['rounds']} rounds, "
+        f"{summary['wall_seconds']:.0f} s, {summary['uplink_bytes'] / 1e6:.2f} MB up, "
+        f"{summary['downlink_bytes'] / 1e6:.2f} MB down"
+    )
+    names = ("knn_top1", "linear_top1", "labels1_top1")
+    for family, metrics in summary["families"].items():
+        figures = "  ".join(f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None)
+        head = " (report family)" if family == summary["report_family"] else ""
+        print(f"  {family}{head}: {figures}")
+    print(f"  report: {run_dir / 'report.html'}", flush=True)
+
+
+def _value(arguments: Sequence[str], key: str) -> str | None:
+    """The value of the override `key=...`, or None; `null` counts as not given."""
+    values = [argument.split("=", 1)[1] for argument in arguments if argument.lstrip("+").startswith(f"{key}=")]
+    return None if not values or values[-1] in ("null", "") else values[-1]
+
+
+def _is_sweep(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-m", "--multirun") for argument in arguments)
+
+
+def _saved_config(run_dir: Path, key: str) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{key}={run_dir} is no run directory: it has no config.yaml")
+    config = yaml.safe_load(path.read_text())
+    if not isinstance(config, dict) or "federation" not in config:
+        raise ConfigError(f"{path} is not the configuration of a run")
+    return config
+
+
+def _apply(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`config` with the values that `overrides` name; a group choice (grid=in_process) replaces the group."""
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        *path, last = override.key_or_group.split(".")
+        node = changed
+        for part in path:
+            node = node[part]
+        if override.key_or_group == "grid":
+            node[last] = compose([str(override.input_line)])["grid"]
+        elif last in node:
+            node[last] = override.value()
+        else:
+            raise ConfigError(f"{override.input_line}: there is no such key, {'.'.join(path)} has {', '.join(node)}")
+    return changed
+
+
+def _check_num_rounds(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    old, new = before["federation"]["num_rounds"], after["federation"]["num_rounds"]
+    if new < old:
+        raise ConfigError(f"federation.num_rounds can only grow on a resume: it is {old}, got {new}")
+    depends = [
+        key
+        for key in ("client", "distill")
+        if before.get(key, {}).get("optimisation", {}).get("schedule") == "cosine_rounds"
+    ]
+    if new > old and depends:
+        raise ConfigError(
+            f"federation.num_rounds cannot grow from {old} to {new}: {depends[0]}.optimisation.schedule="
+            f"cosine_rounds was computed for {old} rounds. Start a new run."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

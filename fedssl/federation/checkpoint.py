@@ -1,0 +1,89 @@
+"""Checkpoints: everything the server needs to go on after a round, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from torch import Tensor
+
+from fedssl.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Progressed:
+    """The run's counters after a round, as a checkpoint keeps them."""
+
+    round_num: int  # 0: initialised and evaluated
+    uplink_bytes: int
+    downlink_bytes: int
+    wall_seconds: float
+    metrics_offset: int  # bytes of metrics.jsonl that belong to this and earlier rounds
+    server_row: dict[str, Any]  # the round's server row, written after the checkpoint
+    failed_rounds: list[int]  # rounds with a failed client: their bases are kept for `replay`
+    evaluation: dict[str, dict[str, float]]  # family -> the newest evaluation
+    global_model: bool  # False: the clients hold the models, and were asked to evaluate them
+    num_trained: dict[str, int]  # family -> number of clients
+
+
+class Checkpoints:
+    """`root/<round>/` with the global arrays, the strategy's own state and the counters.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        keep: how many of the newest to keep; the bases of failed rounds stay besides.
+    """
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        if keep < 1:
+            raise ConfigError(
+                f"federation.keep_checkpoints must be at least 1, got {keep}: a run resumes from the last one"
+            )
+        self.root = root
+        self.keep = keep
+
+    def rounds(self) -> list[int]:
+        """Rounds that can be resumed from or replayed on, ascending."""
+        return sorted(int(path.name) for path in self.root.glob("[0-9]*") if path.name.isdigit())
+
+    def save(self, arrays: ArrayRecord, strategy_state: Mapping[str, Tensor], progressed: Progressed) -> None:
+        """Write the checkpoint of `progressed.round_num`."""
+        final = self.root / f"{progressed.round_num:05d}"
+        partial = self.root / f".partial-{progressed.round_num:05d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(
+            {name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()},
+            partial / "arrays.safetensors",
+        )
+        save_tensors(dict(strategy_state), partial / "strategy.safetensors")
+        (partial / "progress.json").write_text(json.dumps(asdict(progressed)))
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier round
+        partial.replace(final)
+
+    def load(self, round_num: int) -> tuple[ArrayRecord, dict[str, Tensor], Progressed]:
+        """Arrays, the strategy's state and counters after `round_num`."""
+        folder = self.root / f"{round_num:05d}"
+        arrays = ArrayRecord({name: Array(value) for name, value in load_file(folder / "arrays.safetensors").items()})
+        progressed = Progressed(**json.loads((folder / "progress.json").read_text()))
+        return arrays, load_tensors(folder / "strategy.safetensors"), progressed
+
+    def prune(self, failed_rounds: list[int]) -> int:
+        """Delete what neither `resume` nor a replay of a failed round needs; returns the oldest round kept."""
+        rounds = self.rounds()
+        kept = set(rounds[-self.keep :]) | {failed - 1 for failed in failed_rounds}
+        for round_num in rounds:
+            if round_num not in kept:
+                shutil.rmtree(self.root / f"{round_num:05d}")
+        return min(self.rounds())

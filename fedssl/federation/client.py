@@ -1,0 +1,174 @@
+"""What a strategy's client half may touch, and what it is handed and returns."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from jaxtyping import Float
+from torch import Tensor
+
+from fedssl.data.images import ImageSet
+from fedssl.data.public import PublicSet
+from fedssl.data.views import Views
+from fedssl.errors import ConfigError
+from fedssl.evaluate import Evaluator
+from fedssl.federation.records import Header, Upload, family_state, load_state
+from fedssl.methods import Method
+from fedssl.models import Model
+from fedssl.seeding import derive_seed, generator
+from fedssl.train import Optimisation, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """How a client trains. The numbers live in conf/client/."""
+
+    local_epochs: int
+    batch_size: int
+    threads: int  # torch threads of a client on the CPU; part of the result
+    amp: bool  # bfloat16 autocast; on a GPU only
+    optimisation: Optimisation
+
+    def __post_init__(self) -> None:
+        if self.local_epochs < 1 or self.batch_size < 2 or self.threads < 1:
+            raise ConfigError(
+                "client.local_epochs and client.threads must be at least 1 and client.batch_size at least 2 "
+                f"(a contrastive loss compares images), got {self.local_epochs}, {self.threads}, {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broadcast:
+    """What the server sent: the round, and the weights of the client's family if there are any."""
+
+    round_num: int
+    num_rounds: int
+    family: str
+    arrays: ArrayRecord
+
+
+@dataclass(kw_only=True)
+class Client:
+    """One client in one round: its data, its model builder, its memory between rounds, its device.
+
+    Everything a client half does goes through here, and every draw comes from (seed, purpose, round, partition): the
+    task is a pure function and can run again anywhere.
+
+    Args:
+        memory: tensors this client kept after the last round it took part in; what is in it when the client half
+            returns is kept for the next.
+        phase: what it is doing, for the message of a failure.
+    """
+
+    partition_id: int
+    family: str
+    report_family: str
+    round_num: int
+    num_rounds: int
+    seed: int
+    private_set: ImageSet
+    public_set: PublicSet
+    views: Views
+    method: Method
+    local: LocalTraining
+    build_model: Callable[[str], Model]  # family -> the run's initial model of that family
+    build_untrained: Callable[[str, int], Model]  # (family, partition) -> an initialisation of the client's own
+    evaluator: Callable[[], Evaluator]  # the run's labelled test, for clients whose model never leaves them
+    device: torch.device
+    embed_batch_size: int
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    phase: str = "the strategy's client half"
+
+    @contextmanager
+    def doing(self, phase: str) -> Iterator[None]:
+        """Name what happens inside; after a failure `phase` still holds it."""
+        before, self.phase = self.phase, phase
+        yield
+        self.phase = before
+
+    def load(self, broadcast: Broadcast) -> Model:
+        """A model of this client's family with the broadcast weights; with none, the run's initial weights."""
+        with self.doing("loading the broadcast"):
+            model = self.build_model(self.family)
+            if state := family_state(broadcast.arrays, self.family):
+                load_state(model, state)
+            return model.to(self.device)
+
+    def remembered(self, family: str) -> Model:
+        """The model of `family` that `remember` kept in an earlier round; the first time, the run's initial one."""
+        model = self.build_model(family)
+        prefix = f"{family}/"
+        state = {k.removeprefix(prefix): v for k, v in self.memory.items() if k.startswith(prefix)}
+        if state:
+            load_state(model, state)
+        return model.to(self.device)
+
+    def untrained(self) -> Model:
+        """A model of this client's family that has seen no image, initialised by a seed of this client's own."""
+        return self.build_untrained(self.family, self.partition_id).to(self.device)
+
+    def train(self, model: Model, *, epochs: int) -> dict[str, float]:
+        """Train `model` in place on the private images; returns `fedssl.train.train`'s metrics."""
+        with self.doing("local training"):
+            return train(
+                model,
+                self.private_set,
+                method=self.method,
+                views=self.views,
+                optimisation=self.local.optimisation,
+                batch_size=self.local.batch_size,
+                epochs=epochs,
+                seed=derive_seed(self.seed, "local training", self.round_num, self.partition_id),
+                round_num=self.round_num,
+                num_rounds=self.num_rounds,
+                device=self.device,
+                amp=self.local.amp and self.device.type == "cuda",
+            )
+
+    def embed_public(self, model: Model) -> Float[Tensor, "n d"]:
+        """Projections of the public set: eval mode, no augmentation, its fixed order; not normalised, on the CPU.
+
+        arXiv 2109.14611 compares similarities of the projector's outputs; so do we.
+        """
+        with self.doing("embedding the public set"), torch.no_grad():
+            was_training = model.training
+            model.eval()
+            images = self.public_set.images
+            batches = [
+                model(self.views.plain(images.take(rows).to(self.device))).float().cpu()
+                for rows in np.array_split(np.arange(len(images)), -(-len(images) // self.embed_batch_size))
+            ]
+            model.train(was_training)
+            return torch.cat(batches)
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        """Probe a model that never leaves this client on the run's labelled test (simulation only)."""
+        with self.doing("evaluation"):
+            return self.evaluator()(model.backbone)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator for this client's draws of this round."""
+        return generator(self.seed, purpose, self.round_num, self.partition_id)
+
+    def upload(self, arrays: Mapping[str, np.ndarray], metrics: Mapping[str, float], *, codec: str) -> Upload:
+        """The reply: `arrays` as they will travel, under a header that says whose and what for."""
+        header = Header(
+            round_num=self.round_num,
+            partition_id=self.partition_id,
+            family=self.family,
+            codec=codec,
+            public_fingerprint=self.public_set.fingerprint,
+        )
+        return Upload(header=header, arrays=arrays, metrics={**metrics, "num-examples": len(self.private_set)})
+
+
+class ClientUpdate(Protocol):
+    """A strategy's client half. It may also have `evaluate(client, broadcast)`; see `strategies/local_only.py`."""
+
+    def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
+        """One round of one client."""
+        ...

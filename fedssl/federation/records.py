@@ -1,0 +1,151 @@
+"""What crosses the wire: named arrays, a header, metrics. Explicit records, no pickle.
+
+Down: ``{"arrays": ArrayRecord, "config": ConfigRecord}``, the record names of Flower's stock strategies.
+Up:   ``{"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}``.
+
+Weights travel as ``<family>/<parameter>``, so that one record can hold the models of several architecture families.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from fedssl.errors import PayloadError
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that define the model: floats only (batch norm's batch counter defines nothing)."""
+    return {name: value.detach() for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `model_state` returned; a missing, unknown or misshapen entry is a `PayloadError`."""
+    own = model_state(model)
+    if own.keys() != state.keys():
+        raise PayloadError(f"weights do not fit the model: differing entries {sorted(own.keys() ^ state.keys())[:4]}")
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise PayloadError(f"weight {name!r} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}")
+            value.copy_(state[name])
+
+
+def to_arrays(states: Mapping[str, Mapping[str, Tensor]]) -> ArrayRecord:
+    """States of several families, by family name, as one record."""
+    return ArrayRecord(
+        {
+            f"{family}/{name}": Array(value.detach().cpu().numpy())
+            for family, state in states.items()
+            for name, value in state.items()
+        }
+    )
+
+
+def family_arrays(arrays: ArrayRecord, family: str) -> ArrayRecord:
+    """The part of `arrays` that belongs to `family`, names unchanged, data shared."""
+    return ArrayRecord({name: array for name, array in arrays.items() if name.startswith(f"{family}/")})
+
+
+def family_state(arrays: ArrayRecord, family: str) -> dict[str, Tensor]:
+    """The tensors of `family` in `arrays`, by parameter name; empty if the record holds none."""
+    return {
+        name.removeprefix(f"{family}/"): torch.from_numpy(array.numpy())
+        for name, array in family_arrays(arrays, family).items()
+    }
+
+
+def to_metrics(metrics: Mapping[str, float]) -> MetricRecord:
+    """Plain numbers by name as a Flower record."""
+    return MetricRecord(dict(metrics))
+
+
+# --- headers -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """Who sent an upload, for which round, about which public set."""
+
+    round_num: int
+    partition_id: int
+    family: str
+    codec: str  # the codec's name; "weights" for plain model weights, "none" where nothing is sent
+    public_fingerprint: str
+
+    def to_record(self) -> ConfigRecord:
+        """As a Flower record."""
+        return ConfigRecord(asdict(self))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> "Header":
+        """From a Flower record; `PayloadError` if a field is missing or has another type."""
+        values = {}
+        for field in fields(cls):
+            value = record.get(field.name)
+            if type(value) is not field.type:
+                raise PayloadError(f"header field {field.name!r} should be {field.type}, got {value!r}")
+            values[field.name] = value
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """A client's answer to one round.
+
+    Args:
+        header: who and what for.
+        arrays: named arrays, exactly as sent.
+        metrics: plain numbers; `num-examples` is the number of private images (FedAvg's weight).
+    """
+
+    header: Header
+    arrays: Mapping[str, np.ndarray]
+    metrics: Mapping[str, float]
+
+    def to_content(self) -> RecordDict:
+        """As the content of a Flower message."""
+        return RecordDict(
+            {
+                "arrays": ArrayRecord({name: Array(value) for name, value in self.arrays.items()}),
+                "metrics": MetricRecord(dict(self.metrics)),
+                "header": self.header.to_record(),
+            }
+        )
+
+    @classmethod
+    def from_message(cls, message: Message) -> "Upload":
+        """Parse a reply; anything that is not an upload is a `PayloadError` that says what is wrong."""
+        if message.has_error():
+            raise PayloadError(f"the client answered with an error: {message.error.reason}")
+        content = message.content
+        if set(content) != {"arrays", "metrics", "header"}:
+            raise PayloadError(f"an upload has the records arrays, metrics and header, got {sorted(content)}")
+        header = Header.from_record(content.config_records["header"])
+        arrays = {}
+        for name, array in content.array_records["arrays"].items():
+            try:
+                value = array.numpy()
+            except Exception as error:  # numpy's reader raises many kinds
+                raise PayloadError(f"array {name!r} cannot be read: {error}") from error
+            if value.dtype.str.lstrip("<|=") != np.dtype(array.dtype).str.lstrip("<|=") or value.shape != tuple(
+                array.shape
+            ):
+                raise PayloadError(
+                    f"array {name!r} declares {array.dtype}{tuple(array.shape)} but holds {value.dtype}{value.shape}"
+                )
+            arrays[name] = value
+        metrics = {
+            name: float(v) for name, v in content.metric_records["metrics"].items() if isinstance(v, int | float)
+        }
+        return cls(header=header, arrays=arrays, metrics=metrics)
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+def num_bytes(message: Message) -> int:
+    """Size of a message's records in bytes, by Flower's own count: names, values and encoded arrays."""
+    if message.has_error():
+        return 0
+    return sum(len(name) + record.count_bytes() for name, record in message.content.items())

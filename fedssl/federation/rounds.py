@@ -1,0 +1,379 @@
+"""The loop: one round as a story, in the order of Flower's `Strategy.start`, with what `start` lacks.
+
+That is: resume, checkpoints, byte counts, evaluation, and failing loudly. Every failure is named with client and
+reason; below `federation.min_replies` the run ends.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedssl.errors import PayloadError, TooFewRepliesError
+from fedssl.federation.checkpoint import Checkpoints, Progressed
+from fedssl.federation.records import Upload, family_state, load_state, num_bytes
+from fedssl.federation.roster import ask_roster
+from fedssl.federation.setup import Setup
+from fedssl.federation.store import ClientStore
+from fedssl.tracking import Progress, Tracker
+
+log = logging.getLogger(__name__)
+
+
+Evaluations = dict[str, dict[str, float]]  # family -> metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A client that did not answer usably, or a worker that died under it."""
+
+    partition: int
+    kind: str  # failed | late | refused; worker_died where the grid ran the task again
+    reason: str
+
+
+@dataclass(kw_only=True)
+class Gathered:
+    """What came back from one batch of messages."""
+
+    replies: list[Message] = field(default_factory=list)  # usable ones, in partition order
+    failures: list[Failure] = field(default_factory=list)
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+
+    def count(self, kind: str) -> int:
+        """Number of failures of this kind."""
+        return sum(failure.kind == kind for failure in self.failures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The run between two rounds."""
+
+    arrays: ArrayRecord
+    progressed: Progressed
+
+    @property
+    def round_num(self) -> int:
+        """The last finished round; 0 after initialisation."""
+        return self.progressed.round_num
+
+
+def gather(
+    grid: Grid,
+    messages: Iterable[Message],
+    *,
+    check: Callable[[Message], Any],
+    timeout: float | None,
+    on_reply: Callable[[int, Message], None] = lambda partition, reply: None,
+) -> Gathered:
+    """Send `messages`, wait for the replies, sort them by partition and name what is missing.
+
+    Args:
+        grid: Flower's way to the clients.
+        messages: at most one a client.
+        check: raises `PayloadError` for a reply that the strategy refuses.
+        timeout: seconds; None waits as long as it takes.
+        on_reply: called with partition and reply as they come.
+    """
+    messages = list(messages)
+    gathered = Gathered()
+    if not messages:
+        return gathered
+    partition_of = {member.node_id: member.partition_id for member in ask_roster(grid).values()}
+    deadline = None if timeout is None else time.monotonic() + timeout
+    ids = list(grid.push_messages(messages))
+    waiting = {
+        message_id: partition_of[message.metadata.dst_node_id]
+        for message_id, message in zip(ids, messages, strict=True)
+    }
+    gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
+    usable: dict[int, Message] = {}
+    while waiting and (deadline is None or time.monotonic() < deadline):
+        for reply in grid.pull_messages(list(waiting)):
+            partition = waiting.pop(reply.metadata.reply_to_message_id)
+            gathered.uplink_bytes += num_bytes(reply)
+            on_reply(partition, reply)
+            if reply.has_error():
+                gathered.failures.append(Failure(partition=partition, kind="failed", reason=str(reply.error.reason)))
+                continue
+            try:
+                check(reply)
+            except PayloadError as error:
+                gathered.failures.append(Failure(partition=partition, kind="refused", reason=str(error)))
+            else:
+                usable[partition] = reply
+    if waiting:
+        forget = getattr(grid, "forget", None)  # ours stop working for nobody; Flower's drop late replies themselves
+        if forget is not None:
+            forget(list(waiting))
+    for partition in waiting.values():
+        gathered.failures.append(
+            Failure(
+                partition=partition, kind="late", reason=f"no reply within {timeout:g} s (federation.round_timeout)"
+            )
+        )
+    for event in grid.pop_events() if hasattr(grid, "pop_events") else []:
+        for node_id in event.node_ids:
+            gathered.failures.append(Failure(partition=partition_of[node_id], kind=event.kind, reason=event.reason))
+    gathered.failures.sort(key=lambda failure: failure.partition)
+    gathered.replies = [usable[partition] for partition in sorted(usable)]
+    return gathered
+
+
+class Rounds:
+    """The loop over rounds of one run.
+
+    Args:
+        setup: the run's parts.
+        strategy: the server half.
+        grid: the way to the clients.
+        tracker: where rows go.
+        progress: what a person sees.
+        checkpoints: where states go.
+        store: the clients' memory, pruned here.
+        replay_hint: how a failed task is run again, with {round} and {partition}.
+    """
+
+    def __init__(
+        self,
+        *,
+        setup: Setup,
+        strategy: Strategy,
+        grid: Grid,
+        tracker: Tracker,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        store: ClientStore,
+        replay_hint: str,
+    ) -> None:
+        self.setup = setup
+        self.strategy = strategy
+        self.grid = grid
+        self.tracker = tracker
+        self.progress = progress
+        self.checkpoints = checkpoints
+        self.store = store
+        self.replay_hint = replay_hint
+
+    # --- the story ---
+    def initialise(self, arrays: ArrayRecord, started: float) -> State:
+        """Round 0: evaluate the initial weights of every family, and what needs no network."""
+        evaluation = self._evaluate_global(0, arrays)
+        self.tracker.row(0, "eval", self.setup.evaluator.raw_pixels(), family="raw_pixels")
+        members = ask_roster(self.grid).values()
+        trainers = [member.family for member in members if member.trains]
+        progressed = Progressed(
+            round_num=0,
+            uplink_bytes=0,
+            downlink_bytes=0,
+            wall_seconds=time.monotonic() - started,
+            metrics_offset=self.tracker.offset,
+            server_row={},
+            failed_rounds=[],
+            evaluation=evaluation,
+            global_model=True,
+            num_trained={family: trainers.count(family) for family in self.setup.families},
+        )
+        self.checkpoints.save(arrays, self._strategy_state(), progressed)
+        return State(arrays=arrays, progressed=progressed)
+
+    def run(self, state: State, *, deadline: float | None) -> tuple[State, str]:
+        """Rounds until the last one or the deadline (on `time.monotonic`'s clock).
+
+        Returns:
+            The last state, and "completed" or "stopped".
+
+        Raises:
+            TooFewRepliesError: a round ended below `federation.min_replies`; the state before it is checkpointed.
+        """
+        for round_num in range(state.round_num + 1, self.setup.federation.num_rounds + 1):
+            if deadline is not None and time.monotonic() >= deadline:
+                return state, "stopped"
+            state = self.one_round(state, round_num)
+        return state, "completed"
+
+    def one_round(self, state: State, round_num: int) -> State:
+        """Broadcast, gather, aggregate, evaluate, checkpoint."""
+        started = time.monotonic()
+        messages = list(self.strategy.configure_train(round_num, state.arrays, ConfigRecord(), self.grid))
+        self.progress.round_started(round_num, len(messages))
+        gathered = gather(
+            self.grid,
+            messages,
+            check=getattr(self.strategy, "check", lambda reply: None),
+            timeout=self.setup.federation.round_timeout,
+            on_reply=self._show_reply,
+        )
+        self._name_failures(round_num, gathered)
+        self._demand_replies(round_num, len(messages), gathered)
+        seconds = {"seconds_clients": time.monotonic() - started}
+
+        self.progress.phase("aggregating")
+        aggregating = time.monotonic()
+        arrays, learned = self.strategy.aggregate_train(round_num, gathered.replies)
+        state = replace(state, arrays=state.arrays if arrays is None else arrays)
+        seconds["seconds_aggregation"] = time.monotonic() - aggregating
+
+        self.progress.phase("evaluating")
+        evaluating = time.monotonic()
+        evaluation = state.progressed.evaluation
+        client_metrics: dict[int, dict[str, float]] = {}
+        if round_num % self.setup.evaluation.every == 0 or round_num == self.setup.federation.num_rounds:
+            evaluation, client_metrics = self._evaluate(round_num, state.arrays)
+            state.progressed.global_model = not client_metrics
+        seconds["seconds_evaluation"] = time.monotonic() - evaluating
+
+        self._write_client_rows(round_num, gathered.replies, client_metrics)
+        seconds["seconds"] = time.monotonic() - started
+        server_row = {
+            **(dict(learned) if learned is not None else {}),
+            "uplink_bytes": gathered.uplink_bytes,
+            "downlink_bytes": gathered.downlink_bytes,
+            **seconds,
+        }
+        state = self._keep(state, round_num, gathered, evaluation, server_row)
+        self.progress.round_finished(round_num, self._line(len(messages), gathered, server_row, evaluation))
+        return state
+
+    # --- its parts ---
+    def _show_reply(self, partition: int, reply: Message) -> None:
+        loss = None if reply.has_error() else reply.content.metric_records["metrics"].get("loss")
+        self.progress.client_finished(partition, self.setup.family(partition), loss)  # type: ignore[arg-type]
+
+    def _name_failures(self, round_num: int, gathered: Gathered) -> None:
+        self.tracker.row(
+            round_num,
+            "round",
+            {
+                "num_ok": len(gathered.replies),
+                "num_failed": gathered.count("failed"),
+                "num_late": gathered.count("late"),
+                "num_refused": gathered.count("refused"),
+                "failures": [vars(failure) for failure in gathered.failures],
+            },
+        )
+        for failure in gathered.failures:
+            again = "; the task ran again" if failure.kind == "worker_died" else ""
+            log.warning(
+                "client %s in round %d, partition %d: %s%s\nReplay it in this process: %s",
+                failure.kind,
+                round_num,
+                failure.partition,
+                failure.reason,
+                again,
+                self.replay_hint.format(round=round_num, partition=failure.partition),
+            )
+
+    def _demand_replies(self, round_num: int, num_messages: int, gathered: Gathered) -> None:
+        needed = self.setup.federation.min_replies
+        needed = -(-num_messages // 2) if needed is None else min(needed, num_messages)
+        if len(gathered.replies) < needed:
+            lines = [f"  partition {f.partition}: {f.kind}: {f.reason}" for f in gathered.failures]
+            raise TooFewRepliesError(
+                f"round {round_num} has {len(gathered.replies)} usable replies of {num_messages}, "
+                f"federation.min_replies asks for {needed}:\n" + "\n".join(lines)
+            )
+
+    def _evaluate(
+        self, round_num: int, arrays: ArrayRecord
+    ) -> tuple[dict[str, dict[str, float]], dict[int, dict[str, float]]]:
+        """Probe the global models; where the strategy asks its clients instead, theirs."""
+        messages = list(self.strategy.configure_evaluate(round_num, arrays, ConfigRecord(), self.grid))
+        if not messages:
+            return self._evaluate_global(round_num, arrays), {}
+        gathered = gather(self.grid, messages, check=lambda reply: None, timeout=self.setup.federation.round_timeout)
+        for failure in gathered.failures:
+            log.warning("evaluation of partition %d %s: %s", failure.partition, failure.kind, failure.reason)
+        self._demand_replies(round_num, len(messages), gathered)
+        lists = self.strategy.aggregate_evaluate(round_num, gathered.replies)
+        evaluation: Evaluations = {}
+        for name, values in (lists or {}).items():
+            family, metric = name.split("/", 1)
+            row = evaluation.setdefault(family, {})
+            numbers = [float(v) for v in values]  # type: ignore[union-attr]
+            row |= {metric: sum(numbers) / len(numbers), f"{metric}_min": min(numbers), f"{metric}_max": max(numbers)}
+            row["num_clients"] = len(numbers)
+        for family, row in evaluation.items():
+            self.tracker.row(round_num, "eval", row, family=family)
+        by_client = {
+            int(reply.content.config_records["header"]["partition_id"]): dict(reply.content.metric_records["metrics"])  # type: ignore[arg-type]
+            for reply in gathered.replies
+        }
+        return evaluation, by_client  # type: ignore[return-value]
+
+    def _evaluate_global(self, round_num: int, arrays: ArrayRecord) -> dict[str, dict[str, float]]:
+        evaluation = {}
+        for family in self.setup.families:
+            if state := family_state(arrays, family):
+                model = self.setup.build_model(family)
+                load_state(model, state)
+                evaluation[family] = self.setup.evaluator(model.backbone.to(self.setup.device))
+                self.tracker.row(round_num, "eval", evaluation[family], family=family)
+        return evaluation
+
+    def _write_client_rows(
+        self, round_num: int, replies: Sequence[Message], client_metrics: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        for reply in replies:
+            upload = Upload.from_message(reply)
+            partition = upload.header.partition_id
+            metrics = {**upload.metrics, "uplink_bytes": num_bytes(reply), **client_metrics.get(partition, {})}
+            self.tracker.row(round_num, "client", metrics, partition=partition, family=upload.header.family)
+
+    def _keep(
+        self,
+        state: State,
+        round_num: int,
+        gathered: Gathered,
+        evaluation: dict[str, dict[str, float]],
+        server_row: dict[str, Any],
+    ) -> State:
+        before = state.progressed
+        progressed = replace(
+            before,
+            round_num=round_num,
+            uplink_bytes=before.uplink_bytes + gathered.uplink_bytes,
+            downlink_bytes=before.downlink_bytes + gathered.downlink_bytes,
+            wall_seconds=before.wall_seconds + server_row["seconds"],
+            metrics_offset=self.tracker.offset,
+            server_row=server_row,
+            failed_rounds=before.failed_rounds + ([round_num] if gathered.failures else []),
+            evaluation=evaluation,
+        )
+        self.checkpoints.save(state.arrays, self._strategy_state(), progressed)
+        self.tracker.row(round_num, "server", server_row)
+        self.store.prune(self.checkpoints.prune(progressed.failed_rounds))
+        return State(arrays=state.arrays, progressed=progressed)
+
+    def _strategy_state(self) -> dict[str, Tensor]:
+        """What the strategy itself must remember; ours keep everything in the arrays."""
+        return self.strategy.state_dict() if hasattr(self.strategy, "state_dict") else {}
+
+    def _line(
+        self,
+        asked: int,
+        gathered: Gathered,
+        server_row: Mapping[str, Any],
+        evaluation: Mapping[str, Mapping[str, float]],
+    ) -> dict[str, float | int | str]:
+        reported = evaluation.get(self.setup.report_family, {})
+        line: dict[str, float | int | str] = {"ok": f"{len(gathered.replies)}/{asked}"} if asked else {}
+        losses = [upload for reply in gathered.replies if (upload := _loss(reply)) is not None]
+        if losses:
+            line["client loss"] = sum(losses) / len(losses)
+        if (loss := server_row.get(f"{self.setup.report_family}/loss")) is not None:
+            line["server loss"] = loss
+        line |= {name: reported[name] for name in ("knn_top1", "linear_top1", "labels1_top1") if name in reported}
+        return line | {"up MB": gathered.uplink_bytes / 1e6}
+
+
+def _loss(reply: Message) -> float | None:
+    loss = reply.content.metric_records["metrics"].get("loss")
+    return float(loss) if isinstance(loss, int | float) else None

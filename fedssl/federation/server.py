@@ -1,0 +1,144 @@
+"""What the framework hands a strategy's server half, and the few steps every server half shares."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedssl.data.images import ImageSet
+from fedssl.data.public import PublicSet
+from fedssl.data.views import Views
+from fedssl.errors import PayloadError
+from fedssl.federation.client import LocalTraining
+from fedssl.federation.records import Upload, family_arrays, family_state, load_state, model_state, to_arrays
+from fedssl.federation.roster import Member, ask_roster
+from fedssl.methods import Method
+from fedssl.models import Model
+from fedssl.seeding import derive_seed, numpy_generator
+from fedssl.train import train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The server's side of a run: its public set, its families, its device.
+
+    Args:
+        families: the architecture families of the clients, each once, in the order of `federation.families`.
+        cohort_size: clients per round; None: all that train.
+        build_model: family -> the run's initial model of that family, the same at every call.
+        private_union: the private images of all training clients (simulation only, for `centralized`).
+    """
+
+    seed: int
+    num_rounds: int
+    cohort_size: int | None
+    families: tuple[str, ...]
+    report_family: str
+    public_set: PublicSet
+    views: Views
+    method: Method
+    local: LocalTraining
+    build_model: Callable[[str], Model]
+    private_union: Callable[[], ImageSet]
+    device: torch.device
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The run's initial weights of all families."""
+        return to_arrays({family: model_state(self.build_model(family)) for family in self.families})
+
+    def load(self, arrays: ArrayRecord, family: str) -> Model:
+        """The model of `family` with its weights in `arrays`, on the server's device."""
+        model = self.build_model(family)
+        load_state(model, family_state(arrays, family))
+        return model.to(self.device)
+
+    def sample_cohort(self, round_num: int, grid: Grid) -> list[Member]:
+        """This round's clients: `cohort_size` distinct ones among those that train, in partition order."""
+        members = self.everyone(grid)
+        if self.cohort_size is None or self.cohort_size == len(members):
+            return members
+        rng = numpy_generator(self.seed, "cohort", round_num)
+        chosen = rng.choice(len(members), size=self.cohort_size, replace=False)
+        return [members[position] for position in sorted(chosen)]
+
+    def everyone(self, grid: Grid) -> list[Member]:
+        """All clients that train, in partition order."""
+        return [member for member in ask_roster(grid).values() if member.trains]
+
+    def messages(
+        self,
+        round_num: int,
+        members: Sequence[Member],
+        config: ConfigRecord,
+        arrays: ArrayRecord | None,
+        kind: str = "train",
+    ) -> list[Message]:
+        """One message a member; members of a family share one content, which holds their family's weights.
+
+        Args:
+            arrays: weights of all families; None sends no weights.
+            kind: "train" or "evaluate".
+        """
+        contents = {
+            family: RecordDict(
+                {
+                    "arrays": ArrayRecord() if arrays is None else family_arrays(arrays, family),
+                    "config": ConfigRecord(
+                        {**config, "server-round": round_num, "public-fingerprint": self.public_set.fingerprint}
+                    ),
+                }
+            )
+            for family in dict.fromkeys(member.family for member in members)
+        }
+        return [Message(contents[member.family], member.node_id, kind) for member in members]
+
+    def check_header(self, upload: Upload, round_num: int, codec: str) -> None:
+        """Refuse an upload for another round, of another public set, or in another wire format."""
+        header = upload.header
+        if header.round_num != round_num:
+            raise PayloadError(f"it is for round {header.round_num}, this is round {round_num}")
+        if header.codec != codec:
+            raise PayloadError(f"it is encoded as {header.codec!r}, the server expects {codec!r} (codec=)")
+        if header.public_fingerprint != self.public_set.fingerprint:
+            raise PayloadError(
+                f"its public set ({header.public_fingerprint[:12]}) is not the server's "
+                f"({self.public_set.fingerprint[:12]}): same images, order and transform are needed (public=)"
+            )
+
+    def train(
+        self, model: Model, images: ImageSet, *, steps: int, batch_size: int, purpose: str, round_num: int
+    ) -> dict[str, float]:
+        """Self-supervised training on the server with the clients' method and optimiser settings."""
+        return train(
+            model,
+            images,
+            method=self.method,
+            views=self.views,
+            optimisation=self.local.optimisation,
+            batch_size=batch_size,
+            steps=steps,
+            seed=derive_seed(self.seed, purpose, round_num),
+            round_num=round_num,
+            num_rounds=self.num_rounds,
+            device=self.device,
+            amp=self.local.amp and self.device.type == "cuda",
+        )
+
+
+def read_uploads(replies: Iterable[Message], check: Callable[[Message], Upload]) -> list[Upload]:
+    """The usable uploads in partition order; what `check` refuses is named in a warning and left out.
+
+    Our own loop has refused them before it calls `aggregate_train`; under Flower's `Strategy.start` this is where.
+    """
+    uploads = []
+    for reply in replies:
+        try:
+            uploads.append(check(reply))
+        except PayloadError as error:
+            log.warning("refused the reply of node %d: %s", reply.metadata.src_node_id, error)
+    return sorted(uploads, key=lambda upload: upload.header.partition_id)

@@ -1,0 +1,297 @@
+"""Everything a run is made of, built from its resolved configuration: on the server, in a worker, in a replay."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedssl.config import instantiate
+from fedssl.data.federated import FederatedData, federate
+from fedssl.data.images import ImageSet
+from fedssl.data.public import Dataset, PublicSet
+from fedssl.data.sources import Source
+from fedssl.data.views import Views
+from fedssl.errors import ConfigError
+from fedssl.evaluate import Evaluation, Evaluator
+from fedssl.federation.client import Client, LocalTraining
+from fedssl.federation.server import Server
+from fedssl.methods import Method
+from fedssl.models import Model, feature_dim, num_parameters
+from fedssl.seeding import seeded_init
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Who takes part. The numbers live in conf/federation/."""
+
+    num_clients: int  # partitions of the private data
+    cohort_size: int | None  # distinct clients per round; None: all that train
+    num_rounds: int
+    min_replies: int | None  # fewer usable replies in a round end the run; None: half of the cohort, rounded up
+    families: Sequence[str]  # architectures; partition p runs families[p % len]
+    report_family: str | None  # whose figures head the report; None: the one with most backbone parameters
+    round_timeout: float | None  # seconds a round waits for its clients; None: as long as it takes
+    keep_checkpoints: int
+
+    def __post_init__(self) -> None:
+        if self.num_clients < 1 or self.num_rounds < 1:
+            raise ConfigError(
+                "federation.num_clients and federation.num_rounds must be at least 1, "
+                f"got {self.num_clients} and {self.num_rounds}"
+            )
+        if self.cohort_size is not None and not 1 <= self.cohort_size <= self.num_clients:
+            raise ConfigError(
+                f"federation.cohort_size must be between 1 and federation.num_clients={self.num_clients}, "
+                f"got {self.cohort_size}. A round samples that many distinct clients: "
+                f"lower cohort_size or raise num_clients."
+            )
+        cohort = self.cohort_size or self.num_clients
+        if self.min_replies is not None and not 0 <= self.min_replies <= cohort:
+            raise ConfigError(
+                f"federation.min_replies must be between 0 and the cohort's size {cohort}, got {self.min_replies}"
+            )
+        if not self.families:
+            raise ConfigError("federation.families is empty: name at least one architecture, e.g. [conv4_16]")
+        if self.round_timeout is not None and self.round_timeout <= 0:
+            raise ConfigError(
+                f"federation.round_timeout is in seconds and must be > 0 or null, got {self.round_timeout}"
+            )
+
+    def family(self, partition_id: int) -> str:
+        """The architecture that this client runs."""
+        return self.families[partition_id % len(self.families)]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`device=auto|cpu|cuda` as a torch device of this process."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no GPU here: use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Setup:
+    """The parts of a run, each built when it is first used.
+
+    Args:
+        config: the resolved configuration, as `config.yaml` holds it.
+        run_dir: where `partition.npz` lies once the run has started; None computes the partition again.
+
+    Raises:
+        ConfigError: a part cannot be built; the message says what would work.
+    """
+
+    def __init__(self, config: Mapping[str, Any], run_dir: Path | None = None) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.seed = int(config["seed"])
+
+    # --- settings ---
+    @cached_property
+    def federation(self) -> Federation:
+        """Who takes part."""
+        federation: Federation = instantiate(self.config["federation"])
+        known = sorted(self.config["models"])
+        named = [*federation.families, *([federation.report_family] if federation.report_family else [])]
+        for family in named:
+            if family not in known:
+                raise ConfigError(
+                    f"federation.families names the architecture {family!r}; known are {', '.join(known)}. "
+                    f"Add your own as +models.{family}._target_=mypackage.MyBackbone"
+                )
+        if federation.report_family and federation.report_family not in federation.families:
+            raise ConfigError(
+                f"federation.report_family={federation.report_family} is no client's architecture: "
+                f"choose one of federation.families={list(federation.families)}"
+            )
+        return federation
+
+    @cached_property
+    def families(self) -> tuple[str, ...]:
+        """The clients' architecture families, each once; families beyond the last client do not take part."""
+        federation = self.federation
+        return tuple(dict.fromkeys(federation.family(p) for p in range(federation.num_clients)))
+
+    @cached_property
+    def report_family(self) -> str:
+        """The family whose figures head the report."""
+        chosen = self.federation.report_family
+        if chosen is not None:
+            if chosen not in self.families:
+                raise ConfigError(
+                    f"federation.report_family={chosen} has no client: with {self.federation.num_clients} clients only "
+                    f"{list(self.families)} take part"
+                )
+            return chosen
+        return max(self.families, key=lambda family: num_parameters(self.build_model(family).backbone))
+
+    @cached_property
+    def local(self) -> LocalTraining:
+        """How clients train."""
+        local: LocalTraining = instantiate({k: v for k, v in self.config["client"].items() if k != "store"})
+        return local
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """How representations are probed."""
+        evaluation: Evaluation = instantiate(self.config["evaluate"])
+        return evaluation
+
+    @cached_property
+    def views(self) -> Views:
+        """Augmentation, and the deterministic transform."""
+        views: Views = instantiate(self.config["views"])
+        return views
+
+    @cached_property
+    def method(self) -> Method:
+        """The self-supervised method."""
+        method: Method = instantiate(self.config["method"])
+        return method
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return resolve_device(self.config["device"])
+
+    # --- data ---
+    @cached_property
+    def train(self) -> ImageSet:
+        """The private source's train split."""
+        source: Source = instantiate(self.config["data"])
+        return source.load("train")
+
+    @cached_property
+    def data(self) -> FederatedData:
+        """Partitions and public images."""
+        public = instantiate(self.config["public"])
+        saved = self.run_dir / "partition.npz" if self.run_dir else None
+        if saved is not None and saved.exists():
+            images = public.images(self.seed) if isinstance(public, Dataset) else None
+            return FederatedData.load(saved, self.train, images)
+        return federate(
+            self.train,
+            partition=instantiate(self.config["partition"]),
+            public=public,
+            num_clients=self.federation.num_clients,
+            seed=self.seed,
+        )
+
+    @cached_property
+    def public_set(self) -> PublicSet:
+        """The public images and their fingerprint."""
+        return PublicSet.of(self.data.public_images, self.views.describe())
+
+    @cached_property
+    def probe_data(self) -> tuple[ImageSet, ImageSet]:
+        """Labelled train and test images for the probes."""
+        node = self.config["evaluate"].get("source")
+        if node is None:
+            return self.train, instantiate(self.config["data"]).load("test")
+        source = instantiate(node)
+        return source.load("train"), source.load("test")
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Probes on frozen features."""
+        train, test = self.probe_data
+        return Evaluator(train=train, test=test, evaluation=self.evaluation, views=self.views, device=self.device)
+
+    def private_union(self) -> ImageSet:
+        """All images of the clients that train."""
+        data = self.data
+        positions = np.concatenate([data.partitions[p] for p in data.training_partitions])
+        return self.train.subset(positions, name="union of the private data")
+
+    # --- models ---
+    def family(self, partition_id: int) -> str:
+        """The architecture that this client runs."""
+        return self.federation.family(partition_id)
+
+    def build_model(self, family: str) -> Model:
+        """The run's initial model of `family`: the same weights at every call, on the CPU."""
+        return copy.deepcopy(self._initial_model(family))
+
+    def build_untrained(self, family: str, partition_id: int) -> Model:
+        """An initialisation of `family` that only this partition has, on the CPU."""
+        with seeded_init(self.seed, f"untrained/{family}", 0, partition_id):
+            return self._new_model(family)
+
+    def _initial_model(self, family: str) -> Model:
+        models: dict[str, Model] = self.__dict__.setdefault("_initial_models", {})
+        if family not in models:
+            with seeded_init(self.seed, f"initial weights/{family}"):
+                models[family] = self._new_model(family)
+        return models[family]
+
+    def _new_model(self, family: str) -> Model:
+        backbone = instantiate(self.config["models"][family])
+        width = feature_dim(backbone, int(self.config["data"]["image_size"]))
+        return Model(backbone, instantiate(self.config["projector"], in_dim=width))
+
+    # --- the two sides ---
+    def client(self, partition_id: int, round_num: int) -> Client:
+        """What the client half is handed in one round."""
+        return Client(
+            partition_id=partition_id,
+            family=self.family(partition_id),
+            report_family=self.report_family,
+            round_num=round_num,
+            num_rounds=self.federation.num_rounds,
+            seed=self.seed,
+            private_set=self.data.private(partition_id),
+            public_set=self.public_set,
+            views=self.views,
+            method=self.method,
+            local=self.local,
+            build_model=self.build_model,
+            build_untrained=self.build_untrained,
+            evaluator=lambda: self.evaluator,
+            device=self.device,
+            embed_batch_size=self.evaluation.batch_size,
+        )
+
+    def server(self) -> Server:
+        """What a strategy's server half is handed."""
+        return Server(
+            seed=self.seed,
+            num_rounds=self.federation.num_rounds,
+            cohort_size=self.federation.cohort_size,
+            families=self.families,
+            report_family=self.report_family,
+            public_set=self.public_set,
+            views=self.views,
+            method=self.method,
+            local=self.local,
+            build_model=self.build_model,
+            private_union=self.private_union,
+            device=self.device,
+        )
+
+    def check(self) -> None:
+        """Build every part once, before any work: whatever cannot work is said here.
+
+        Raises:
+            ConfigError: with what was given, what would work and where to change it.
+        """
+        federation = self.federation
+        _ = self.local, self.evaluation, self.views, self.method, self.device
+        image_size = int(self.config["data"]["image_size"])
+        for family in self.families:
+            self.build_model(family)
+        trainers = len(self.data.training_partitions)
+        cohort = federation.cohort_size or trainers
+        if cohort > trainers:
+            raise ConfigError(
+                f"federation.cohort_size={cohort}, but only {trainers} clients train: under public=client_shard "
+                f"partition 0 is the public set. Lower cohort_size or raise num_clients={federation.num_clients}."
+            )
+        if self.train.image_size != (image_size, image_size):
+            raise ConfigError(f"data.image_size={image_size}, but the images are {self.train.image_size}")
+        _ = self.report_family, self.public_set, self.evaluator

@@ -1,0 +1,288 @@
+"""One simulation from configuration to summary; resume; replay."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from safetensors.torch import save_file
+
+from fedssl.config import instantiate
+from fedssl.errors import ConfigError, TooFewRepliesError
+from fedssl.federation.checkpoint import Checkpoints
+from fedssl.federation.client_app import make_client_app
+from fedssl.federation.grids.in_process import InProcess
+from fedssl.federation.records import family_state
+from fedssl.federation.roster import ask_roster
+from fedssl.federation.rounds import Rounds, State
+from fedssl.federation.setup import Setup
+from fedssl.federation.store import ClientStore
+from fedssl.tracking import Progress, Tracker, manifest, write_json
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one simulation from its start.
+
+    Args:
+        config: the resolved configuration, as `config.yaml` of a run directory holds it (`fedssl.config.compose`).
+
+    Returns:
+        What `summary.json` holds. `status` is "stopped" where `max_seconds` ended the run.
+
+    Raises:
+        FedSSLError: bad input (`ConfigError`), or too few replies (`TooFewRepliesError`).
+    """
+    run_dir = Path(config["run_dir"])
+    setup = Setup(config)
+    setup.check()
+    strategy = build_strategy(setup)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    setup.data.save(run_dir / "partition.npz")
+    write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
+    return _simulate(setup, strategy, run_dir)
+
+
+def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Go on from the newest checkpoint of `run_dir`, or from the start where there is none yet.
+
+    Args:
+        config: the run's own configuration, with the overrides that a resume allows.
+        run_dir: the run.
+
+    Returns, Raises: as `run`. A data set that is not the one the run began with is a `ConfigError`.
+    """
+    setup = Setup(config, run_dir)
+    setup.check()
+    strategy = build_strategy(setup)
+    manifest_path = run_dir / "manifest.json"
+    if manifest_path.exists():
+        began_with = yaml.safe_load(manifest_path.read_text())["data"]
+        if began_with != _digests(setup):
+            raise ConfigError(
+                f"the images are not those that {run_dir} began with (manifest.json: data): set data.root"
+            )
+    else:
+        write_json(manifest_path, manifest(config, data=_digests(setup)))
+    if not (run_dir / "partition.npz").exists():
+        setup.data.save(run_dir / "partition.npz")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    return _simulate(setup, strategy, run_dir)
+
+
+def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partition_id: int) -> dict[str, float]:
+    """Run one client task of a finished or failed round again, in this process; writes nothing into `run_dir`.
+
+    Returns:
+        The metrics of the client's upload.
+
+    Raises:
+        ConfigError: the round's base is not kept, or the client was not asked in it.
+        Exception: whatever the client raises, with its traceback.
+    """
+    setup = Setup(config, run_dir)
+    setup.check()
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
+    if round_num - 1 not in checkpoints.rounds():
+        raise ConfigError(
+            f"replay.round={round_num} starts from the state after round {round_num - 1}, which is not kept; "
+            f"rounds that can be replayed: {[r + 1 for r in checkpoints.rounds()]}. Kept are the last "
+            f"federation.keep_checkpoints={setup.federation.keep_checkpoints} and the bases of rounds with failures."
+        )
+    arrays, strategy_state, _ = checkpoints.load(round_num - 1)
+    strategy = build_strategy(setup)
+    _restore(strategy, strategy_state)
+    store = ClientStore(store_root(config, run_dir), writable=False)
+    app = make_client_app(setup, _client_half(setup), store, explain=False)
+    with InProcess().open(
+        lambda: app, num_clients=setup.federation.num_clients, threads=setup.local.threads, device=config["device"]
+    ) as grid:
+        cohort = ask_roster(grid)
+        messages = list(strategy.configure_train(round_num, arrays, ConfigRecord(), grid))
+        by_node = {message.metadata.dst_node_id: message for message in messages}
+        asked = [member.partition_id for member in cohort.values() if member.node_id in by_node]
+        if partition_id not in asked:
+            raise ConfigError(f"replay.partition={partition_id} was not asked in round {round_num}; asked were {asked}")
+        node_id = cohort[partition_id].node_id
+        node_config: UserConfig = {"partition-id": partition_id, "num-partitions": setup.federation.num_clients}
+        context = Context(run_id=1, node_id=node_id, node_config=node_config, state=RecordDict(), run_config={})
+        reply = app(by_node[node_id], context)
+    return {name: float(v) for name, v in reply.content.metric_records["metrics"].items() if isinstance(v, int | float)}
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+def build_strategy(setup: Setup) -> Strategy:
+    """The server half that the configuration names."""
+    strategy = instantiate(setup.config["strategy"]["server"], server=setup.server())
+    _client_half(setup)  # bad client settings are bad input, not a failure of every client
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(f"strategy.server must be a flwr.serverapp.strategy.Strategy, got {type(strategy).__name__}")
+    return strategy
+
+
+def _client_half(setup: Setup) -> Any:
+    return instantiate(setup.config["strategy"]["client"])
+
+
+def store_root(config: Mapping[str, Any], run_dir: Path) -> Path:
+    """Where the clients' memory lies: `client.store=`, or the run directory."""
+    moved = config["client"].get("store")
+    return Path(moved) if moved else run_dir / "clients"
+
+
+def load_client_app(config: Mapping[str, Any], run_dir: Path) -> Any:
+    """The `ClientApp` of a run, built where the clients run (a Ray worker imports this by name)."""
+    setup = Setup(config, run_dir)
+    return make_client_app(setup, _client_half(setup), ClientStore(store_root(config, run_dir)))
+
+
+@contextlib.contextmanager
+def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
+    """The configured grid; a strategy without client half needs none, so it does not wait for Ray to start."""
+    config = setup.config
+    if config["strategy"]["client"] is None or config["grid"]["_target_"].endswith("InProcess"):
+        settings = InProcess()
+        app = make_client_app(setup, _client_half(setup), ClientStore(store_root(config, run_dir)))
+        load_app = lambda: app  # noqa: E731
+    else:
+        settings = instantiate(config["grid"])
+        load_app = partial(load_client_app, dict(config), run_dir.resolve())
+    grid = settings.open(
+        load_app,
+        num_clients=setup.federation.num_clients,
+        threads=setup.local.threads,
+        device=config["device"],
+    )
+    with grid:
+        yield grid
+
+
+def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    config, federation = setup.config, setup.federation
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=federation.keep_checkpoints)
+    store = ClientStore(store_root(config, run_dir))
+    state: State | None = None
+    if rounds := checkpoints.rounds():
+        arrays, strategy_state, progressed = checkpoints.load(rounds[-1])
+        _restore(strategy, strategy_state)
+        state = State(arrays=arrays, progressed=progressed)
+    title = f"{config['strategy']['name']} on {config['data']['name']}"
+    max_seconds = config.get("max_seconds")
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(
+            Progress(federation.num_rounds, title=title, first_round=state.round_num + 1 if state else 1)
+        )
+        stack.enter_context(_warnings_shown_by(progress))
+        tracker = stack.enter_context(Tracker(run_dir, offset=state.progressed.metrics_offset if state else 0))
+        if state and state.round_num > 0:
+            tracker.row(state.round_num, "server", state.progressed.server_row)
+        progress.phase("starting")
+        grid = stack.enter_context(_open_grid(setup, run_dir))
+        loop = Rounds(
+            setup=setup,
+            strategy=strategy,
+            grid=grid,
+            tracker=tracker,
+            progress=progress,
+            checkpoints=checkpoints,
+            store=store,
+            replay_hint=f"fedssl replay.run={run_dir} replay.round={{round}} replay.partition={{partition}}",
+        )
+        strategy.summary()
+        deadline = None if max_seconds is None else started + float(max_seconds)
+        state = state or loop.initialise(setup.server().initial_arrays(), started)
+        try:
+            state, status = loop.run(state, deadline=deadline)
+        except TooFewRepliesError:
+            newest = checkpoints.load(checkpoints.rounds()[-1])
+            _finish(setup, run_dir, State(arrays=newest[0], progressed=newest[2]), "failed")
+            raise
+    return _finish(setup, run_dir, state, status)
+
+
+def _finish(setup: Setup, run_dir: Path, state: State, status: str) -> dict[str, Any]:
+    if status == "completed" and state.progressed.global_model:
+        save_models(setup, state.arrays, run_dir / "models")
+    summary = summarise(setup, state, status)
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def summarise(setup: Setup, state: State, status: str) -> dict[str, Any]:
+    """What `summary.json` holds after the last finished round."""
+    progressed = state.progressed
+    families = {
+        family: {**metrics, "num_clients": int(metrics.get("num_clients", progressed.num_trained.get(family, 0)))}
+        for family, metrics in progressed.evaluation.items()
+    }
+    reported = {k: v for k, v in families.get(setup.report_family, {}).items() if k != "num_clients"}
+    return {
+        "status": status,
+        "strategy": setup.config["strategy"]["name"],
+        "data": setup.config["data"]["name"],
+        "seed": setup.seed,
+        "rounds": progressed.round_num,
+        "report_family": setup.report_family,
+        **reported,
+        "families": families,
+        "uplink_bytes": progressed.uplink_bytes,
+        "downlink_bytes": progressed.downlink_bytes,
+        "wall_seconds": progressed.wall_seconds,
+    }
+
+
+def save_models(setup: Setup, arrays: ArrayRecord, folder: Path) -> None:
+    """`<family>.safetensors` for every family with a global model."""
+    folder.mkdir(exist_ok=True)
+    for family in setup.families:
+        if state := family_state(arrays, family):
+            save_file({name: value.contiguous() for name, value in state.items()}, folder / f"{family}.safetensors")
+
+
+def _restore(strategy: Strategy, state: Mapping[str, Any]) -> None:
+    if hasattr(strategy, "load_state_dict"):
+        strategy.load_state_dict(state)
+
+
+def _digests(setup: Setup) -> dict[str, str]:
+    """sha256 of the images that the run is made of."""
+    train, test = setup.probe_data
+    sets = {image_set.name: image_set.digest for image_set in (setup.train, train, test)}
+    return {**sets, "public set": setup.public_set.fingerprint}
+
+
+class _Notes(logging.Handler):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.note(self.format(record))
+
+
+@contextlib.contextmanager
+def _warnings_shown_by(progress: Progress) -> Iterator[None]:
+    """Inside, what `fedssl` and `strategies` warn of appears above the live display."""
+    handler = _Notes(progress)
+    loggers = [logging.getLogger(name) for name in ("fedssl", "strategies")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate

@@ -1,0 +1,65 @@
+"""Centralised: one model trained on the union of the private images. The bound that federation is measured against.
+
+A control, not a paper: it breaks the rule that private images stay where they are, so it exists in simulation only.
+Equal effort: in every round the report family's model sees as many private images as all clients of the cohort
+together (local epochs times their images), in the clients' batch size, with the run's `method`.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedssl.federation.records import model_state, to_arrays, to_metrics
+from fedssl.federation.server import Server
+
+log = logging.getLogger(__name__)
+
+
+class Centralized(Strategy):
+    """The server half; there is no other. Only the report family is trained."""
+
+    def __init__(self, *, server: Server) -> None:
+        self.server = server
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No messages; count the images that the clients would have seen."""
+        self.arrays = arrays
+        cohort = self.server.sample_cohort(server_round, grid)
+        self.num_images = self.server.local.local_epochs * sum(member.num_images for member in cohort)
+        return []
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Train the report family's model on the union."""
+        family, images = self.server.report_family, self.server.private_union()
+        batch_size = min(self.server.local.batch_size, len(images))
+        model = self.server.load(self.arrays, family)
+        metrics = self.server.train(
+            model,
+            images,
+            steps=-(-self.num_images // batch_size),
+            batch_size=batch_size,
+            purpose="centralised",
+            round_num=server_round,
+        )
+        return to_arrays({family: model_state(model)}), to_metrics({f"{family}/{k}": v for k, v in metrics.items()})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing to ask the clients."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Log the family."""
+        log.info("Centralised: %s on the union of the private images", self.server.report_family)

@@ -1,0 +1,119 @@
+"""FedAvg: average the clients' weights, one average per architecture family.
+
+McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629, with a self-supervised local loss. Batch norm's
+running statistics are averaged like weights. Departs from the paper: nothing is shared between families, so a family
+with one client is local training that passes through the server.
+
+The paper weights clients by their number of images (`weighted: true`); FLESD's baseline weights them equally.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedssl.errors import PayloadError
+from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.records import Upload, family_state, model_state, to_arrays
+from fedssl.federation.server import Server, read_uploads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgClient:
+    """The client half: train from the broadcast weights, send all weights back."""
+
+    local_epochs: int
+
+    def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
+        """One round of one client."""
+        model = client.load(broadcast)
+        metrics = client.train(model, epochs=self.local_epochs)
+        arrays = {f"{client.family}/{name}": value.cpu().numpy() for name, value in model_state(model).items()}
+        return client.upload(arrays, metrics, codec="weights")
+
+
+class FedAvg(Strategy):
+    """The server half.
+
+    Args:
+        server: what the framework knows.
+        weighted: weight a client by its number of images; otherwise all count the same.
+    """
+
+    def __init__(self, *, server: Server, weighted: bool) -> None:
+        self.server = server
+        self.weighted = weighted
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Broadcast each family's weights to this round's cohort."""
+        self.arrays, self.round_num = arrays, server_round
+        cohort = self.server.sample_cohort(server_round, grid)
+        return self.server.messages(server_round, cohort, config, arrays)
+
+    def check(self, reply: Message) -> Upload:
+        """Parse an upload: names, shapes and dtypes of the family's weights, all finite."""
+        upload = Upload.from_message(reply)
+        self.server.check_header(upload, self.round_num, "weights")
+        family = upload.header.family
+        expected = {f"{family}/{name}": value for name, value in family_state(self.arrays, family).items()}
+        if upload.arrays.keys() != expected.keys():
+            raise PayloadError(
+                f"its weights are not those of {family}: {sorted(upload.arrays.keys() ^ expected.keys())[:3]}"
+            )
+        for name, value in upload.arrays.items():
+            tensor = torch.from_numpy(value)
+            if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+                raise PayloadError(
+                    f"weight {name!r} is {tensor.dtype}{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise PayloadError(f"weight {name!r} holds NaN or infinity")
+        if not upload.metrics.get("num-examples", 0) > 0:
+            raise PayloadError(f"it declares num-examples={upload.metrics.get('num-examples')}")
+        return upload
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The mean of each family's uploads; a family nobody answered for keeps its weights."""
+        uploads = read_uploads(replies, self.check)
+        states: dict[str, dict[str, Tensor]] = {}
+        for family in self.server.families:
+            members = [upload for upload in uploads if upload.header.family == family]
+            states[family] = self._mean(members) if members else family_state(self.arrays, family)
+        return to_arrays(states), MetricRecord()
+
+    def _mean(self, uploads: list[Upload]) -> dict[str, Tensor]:
+        weights = [upload.metrics["num-examples"] if self.weighted else 1.0 for upload in uploads]
+        mean = {}
+        for name in uploads[0].arrays:
+            total = sum(
+                weight * torch.from_numpy(upload.arrays[name]).double()
+                for weight, upload in zip(weights, uploads, strict=True)
+            )
+            assert isinstance(total, Tensor)
+            mean[name.split("/", 1)[1]] = (total / sum(weights)).float()
+        return mean
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing to ask the clients: the server evaluates the averages."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Log what is averaged."""
+        log.info("FedAvg: %s mean per family", "size-weighted" if self.weighted else "plain")

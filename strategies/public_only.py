@@ -1,0 +1,94 @@
+"""Public-only: the server trains on the public set alone. No client takes part.
+
+A control, not a paper: the clients' knowledge must be worth more than the public images by themselves. Equal effort:
+in every round each family's model takes as many optimiser steps as FLESD's student would and sees at least as many
+images (student's and momentum encoder's views, and the filling of the queue, counted alike), with the run's `method`.
+With `total`, also as many images as all clients of the cohort would have seen in their local training.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedssl.distill import Distillation
+from fedssl.federation.records import model_state, to_arrays, to_metrics
+from fedssl.federation.server import Server
+
+log = logging.getLogger(__name__)
+
+
+class PublicOnly(Strategy):
+    """The server half; there is no other.
+
+    Args:
+        server: what the framework knows.
+        distillation: the student's schedule that this control matches.
+        total: match the clients' image passes as well.
+    """
+
+    def __init__(self, *, server: Server, distillation: Distillation, total: bool) -> None:
+        self.server = server
+        self.distillation = distillation
+        self.total = total
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No messages; remember what the clients would have done."""
+        self.arrays = arrays
+        cohort = self.server.sample_cohort(server_round, grid) if self.total else []
+        self.client_passes = 2 * self.server.local.local_epochs * sum(member.num_images for member in cohort)
+        return []
+
+    def effort(self) -> tuple[int, int]:
+        """Optimiser steps and batch size of one round.
+
+        As many steps as the student takes, and a batch just large enough for its image passes (two views per image);
+        where that would exceed the public set, and for the clients' passes, more steps.
+        """
+        n = len(self.server.public_set.images)
+        steps, passes = self.distillation.num_steps(n), self.distillation.image_passes(n)
+        batch_size = min(n, _ceil(passes, 2 * steps))
+        return max(steps, _ceil(passes + self.client_passes, 2 * batch_size)), batch_size
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Train every family's model on the public set."""
+        steps, batch_size = self.effort()
+        states = {}
+        metrics: dict[str, float] = {}
+        for family in self.server.families:
+            model = self.server.load(self.arrays, family)
+            trained = self.server.train(
+                model,
+                self.server.public_set.images,
+                steps=steps,
+                batch_size=batch_size,
+                purpose=f"public-only/{family}",
+                round_num=server_round,
+            )
+            states[family] = model_state(model)
+            metrics |= {f"{family}/{name}": value for name, value in trained.items()}
+        return to_arrays(states), to_metrics(metrics)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing to ask the clients."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Log the effort that is matched."""
+        log.info("Public-only: %s", "the server's and the clients' passes" if self.total else "the server's steps")
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
