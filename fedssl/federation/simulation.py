@@ -13,14 +13,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedssl.config import instantiate
 from fedssl.errors import ConfigError, TooFewRepliesError
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client_app import make_client_app
 from fedssl.federation.grids.in_process import InProcess
-from fedssl.federation.records import family_state
+from fedssl.federation.records import family_state, load_state
 from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
@@ -248,6 +249,25 @@ def save_models(setup: Setup, arrays: ArrayRecord, folder: Path) -> None:
     for family in setup.families:
         if state := family_state(arrays, family):
             save_file({name: value.contiguous() for name, value in state.items()}, folder / f"{family}.safetensors")
+
+
+def load_encoder(run_dir: Path, family: str | None) -> nn.Module:
+    """See `fedssl.load_encoder`."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
+    setup = Setup(yaml.safe_load(path.read_text()), run_dir)
+    family = setup.report_family if family is None else family
+    weights = run_dir / "models" / f"{family}.safetensors"
+    if not weights.is_file():
+        known = sorted(file.stem for file in (run_dir / "models").glob("*.safetensors"))
+        raise ConfigError(
+            f"{run_dir} has no global model of {family!r}; it has {known or 'none'}. Only completed runs of strategies "
+            f"with a global model keep one."
+        )
+    model = setup.build_model(family)
+    load_state(model, load_file(weights))
+    return model.backbone.eval()
 
 
 def _restore(strategy: Strategy, state: Mapping[str, Any]) -> None:
