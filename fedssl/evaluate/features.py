@@ -1,0 +1,44 @@
+"""Features of a frozen backbone, and their scale."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedssl.data.images import ImageSet
+from fedssl.data.views import Views
+from fedssl.models import evaluating
+
+
+def extract_features(
+    backbone: nn.Module, images: ImageSet, views: Views, batch_size: int, device: torch.device
+) -> Float[Tensor, "n d"]:
+    """The features of all `images`, in order, on the CPU in float32.
+
+    The backbone runs in eval mode on `views.plain`, without gradients; neither its weights, its batch norm buffers
+    nor its mode are changed.
+
+    Args:
+        backbone: (b, 3, h, w) to (b, d); lives on `device`.
+        images: n > 0 images.
+        views: only the deterministic transform is used.
+        batch_size: images per forward pass.
+        device: where the backbone computes.
+    """
+    features = []
+    with torch.no_grad(), evaluating(backbone):
+        for rows in torch.split(torch.arange(len(images)), batch_size):
+            x = views.plain(images.take(rows).to(device))
+            features.append(backbone(x).float().cpu())
+    return torch.cat(features)
+
+
+def standardise(
+    train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "t d"]]:
+    """Both sets of features with the mean and standard deviation of *all* training images taken out.
+
+    No label is involved and nothing of the test images. A feature that is constant in training becomes 0 in both.
+    """
+    std, mean = torch.std_mean(train, dim=0, correction=0)
+    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # constant up to rounding
+    return (train - mean) / std, (test - mean) / std
