@@ -66,7 +66,7 @@ def make_run(
             row(round_num, "eval", at(round_num / num_rounds, 0.01 * i), family=family)
         if round_num == 0:
             continue
-        failed = {failure["partition"] for failure in failures.get(round_num, ())}
+        failed = {f["partition"] for f in failures.get(round_num, ()) if f["kind"] != "worker_died"}
         for partition in range(5):
             if partition not in failed:
                 metrics = {"loss": 4 / round_num + 0.1 * partition, "effective_rank": 3.0 + partition, "seconds": 0.5}
@@ -74,7 +74,9 @@ def make_run(
         counts = {"num_ok": 5 - len(failed), "num_failed": len(failed), "num_late": 0, "num_refused": 0}
         row(round_num, "round", counts | {"failures": list(failures.get(round_num, ()))})
         traffic = {"uplink_bytes": 5000, "downlink_bytes": 10000}
-        row(round_num, "server", traffic | {"loss": 3 / round_num, "seconds_distill": 1.5})
+        learned = {f"{family}/{name}": 3 / round_num for family in families for name in ("loss", "target_entropy")}
+        seconds = {"seconds": 20.0, "seconds_clients": 12.5, "conv4_16/seconds": 3.0}
+        row(round_num, "server", traffic | learned | seconds)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     full = {
         "seed": seed,
@@ -147,6 +149,9 @@ def test_the_numbers_of_a_run_are_on_its_page(tmp_path: Path) -> None:
     assert "10 kB a round" in seen
     assert "None: all 15 client tasks of 3 rounds replied." in seen
     assert "1 min 15 s" in seen
+    assert "whole round 1 min 00 s 20.0 s 20.0 s" in seen  # 3 rounds
+    assert "clients 37.5 s 12.5 s 12.5 s" in seen
+    assert "5 clients of 3 families" in seen
     assert "report_family: conv4_16" in seen  # the configuration
     assert "9.8.7" in seen
     assert "0a1b" * 16 in seen
@@ -155,7 +160,7 @@ def test_the_numbers_of_a_run_are_on_its_page(tmp_path: Path) -> None:
 
 def test_every_kind_of_picture_is_drawn(tmp_path: Path) -> None:
     page = write_run_report(make_run(tmp_path / "run")).read_text()
-    captions = re.findall(r"<figure><figcaption>(.*?)</figcaption>\s*<svg", page)
+    captions = re.findall(r"<figure><figcaption>(.*?)</figcaption>\s*<svg", page.replace("&#39;", "'"))
     assert captions == [
         "Accuracy: linear",
         "Accuracy: kNN",
@@ -164,8 +169,9 @@ def test_every_kind_of_picture_is_drawn(tmp_path: Path) -> None:
         "Loss of the clients: mean and range of each family",
         "Labels of the clients' images",
         "Bytes a round, all clients together",
-        "effective_rank",
-    ] or captions == [caption.replace("'", "&#39;") for caption in captions]
+        "clients: effective_rank",
+        "server: target_entropy",
+    ]
 
 
 @words
@@ -177,6 +183,14 @@ def test_failed_clients_are_named_with_their_reason(tmp_path: Path) -> None:
     assert "2 3 conv4_16 failed CUDA out of memory &lt;2 GiB&gt;" in seen  # partition 3 runs families[3 % 3]
     assert "2 1 resnet8 late no reply in 5 s" in seen
     assert "Of 15 client tasks: 13 ok, 2 failed" in seen
+
+
+@words
+def test_a_task_that_ran_again_is_no_failure(tmp_path: Path) -> None:
+    died = {"partition": 4, "kind": "worker_died", "reason": "actor 0x1 died: SIGKILL"}
+    seen = texts(write_run_report(make_run(tmp_path / "run", failures={1: [died]})).read_text())
+    assert "None: all 15 client tasks of 3 rounds replied. A task whose worker died ran again" in seen
+    assert "1 4 resnet8 worker died, ran again actor 0x1 died: SIGKILL" in seen
 
 
 @words
@@ -264,8 +278,9 @@ def test_null_metrics_are_gaps(tmp_path: Path) -> None:
     """A diverged client's loss is null in metrics.jsonl."""
     run = make_run(tmp_path / "run")
     text = (run / "metrics.jsonl").read_text()
+    assert '"loss": 4.0' in text
     (run / "metrics.jsonl").write_text(
-        text.replace('"loss": 4.0', '"loss": null').replace('"loss": 3.0', '"loss": null')
+        text.replace('"loss": 4.0', '"loss": null').replace('/loss": 3.0', '/loss": null')
     )
     assert "nan" not in texts(write_run_report(run).read_text()).lower()
 
@@ -437,6 +452,31 @@ def test_where_and_when_a_run_ran_does_not_split_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "1", seed=1, config={"device": "cuda", "grid": {"_target_": "a.InProcess"}, "max_seconds": 9})
     (section,) = sort_runs(find_runs([tmp_path])[0])
     assert [(group.label, len(group.runs)) for group in section.groups] == [("flesd", 2)]
+
+
+def test_the_images_decide_not_where_they_lie(tmp_path: Path) -> None:
+    for i in range(3):
+        make_run(tmp_path / str(i), seed=i, config={"data": {"name": "digits", "root": f"/disk{i}"}})
+    manifest = json.loads((tmp_path / "2" / "manifest.json").read_text())
+    manifest["data"] = {"digits/train": "ffff" * 16, "public set": "abcd"}
+    (tmp_path / "2" / "manifest.json").write_text(json.dumps(manifest))
+    sections = sort_runs(find_runs([tmp_path])[0])
+    assert [section.title for section in sections] == [
+        "digits, conv4_16 (sha256 of digits/train=0a1b0a1b)",
+        "digits, conv4_16 (sha256 of digits/train=ffffffff)",
+    ]
+
+
+def test_a_killed_run_stands_beside_its_peers(tmp_path: Path) -> None:
+    """Without a summary it may not say which family it reports."""
+    federation = {"federation": {"num_clients": 5, "families": list(FAMILIES), "report_family": None}}
+    make_run(tmp_path / "0", status=None, config=federation)
+    done = make_run(tmp_path / "1", config=federation)
+    summary = json.loads((done / "summary.json").read_text())
+    (done / "summary.json").write_text(json.dumps(summary | {"report_family": "resnet8"}))
+    (section,) = sort_runs(find_runs([tmp_path])[0])
+    assert section.title == "digits, resnet8"
+    assert [len(group.runs) for group in section.groups] == [2]
 
 
 def test_unlabelled_partitions_show_sizes(tmp_path: Path) -> None:

@@ -127,8 +127,10 @@ class Comparison:
 def sort_runs(runs: Sequence[Run]) -> list[Section]:
     """Runs by setting and reported family, then by configuration without the seed; the best group first."""
     by_setting: dict[tuple[object, ...], list[Run]] = {}
-    for run in runs:
-        by_setting.setdefault((tuple(sorted(run.setting.items())), run.report_family), []).append(run)
+    for run in sorted(runs, key=lambda run: run.declared_family is None):
+        setting = tuple(sorted(run.setting.items()))
+        peers_of_killed = (key for key in by_setting if run.declared_family is None and key[0] == setting)
+        by_setting.setdefault(next(peers_of_killed, (setting, run.report_family)), []).append(run)
     same_data: dict[str, list[Run]] = {}
     for members in by_setting.values():
         same_data.setdefault(members[0].data, []).append(members[0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, palette, partition_figure
 from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
@@ -13,7 +13,9 @@ from fedssl.report.runs import METRICS, RAW_PIXELS, Run, flatten, tell_apart
 from fedssl.tracking import duration
 
 MAX_FAILURES = 200  # rows of the failures table
-MAX_MEASURES = 12  # pictures of client metrics beside the loss
+RAN_AGAIN = "worker died, ran again"
+MAX_MEASURES = 15  # pictures of metrics beside the loss
+EFFORT = ("loss_first", "steps", "image_passes", "num-examples", "uplink_bytes", "seconds")  # not worth a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,11 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _facts(run: Run) -> list[str]:
-    clients = [count for count in (_num_clients(run, family) for family in run.families) if count]
+    federation = run.config.get("federation") or {}
     facts = [f"seed {run.seed}", plural(run.rounds, "round")]
-    if clients:
-        facts.append(f"{plural(sum(clients), 'client')} of {plural(len(clients), 'family', 'families')}")
+    if "num_clients" in federation:
+        families = set(federation.get("families") or [])
+        facts.append(f"{plural(federation['num_clients'], 'client')} of {plural(len(families), 'family', 'families')}")
     if run.report_family:
         facts.append(f"reported: {run.report_family}")
     if isinstance(run.summary.get("wall_seconds"), int | float):
@@ -186,8 +189,7 @@ def _families(run: Run) -> Table | None:
 def _num_clients(run: Run, family: str) -> int | None:
     count = ((run.summary.get("families") or {}).get(family) or {}).get("num_clients")
     if count is None:
-        clients = run.frame("client")
-        count = clients.loc[clients["family"] == family, "partition"].nunique() or None
+        count = run.clients.loc[run.clients["family"] == family, "partition"].nunique() or None
     return None if count is None else int(count)
 
 
@@ -207,11 +209,9 @@ def _curves(run: Run) -> list[Picture]:
             raw = {"raw pixels": controls[name]} if name in controls else {}
             figure = curves_figure(curves, ylabel=f"{title}, top-1", colours=colours, controls=raw)
             pictures.append(Picture(f"Accuracy: {title}", figure))
-    server = run.frame("server")
-    losses = {name: _curve(server.dropna(subset=[name]), name) for name in _numeric(server) if "loss" in name}
-    losses = {name: curve for name, curve in losses.items() if len(curve.x)}
+    losses = _server_curves(run).get("loss")
     if losses:
-        pictures.append(Picture("Loss on the server", curves_figure(losses, ylabel="loss")))
+        pictures.append(Picture("Loss on the server", curves_figure(losses, ylabel="loss", colours=colours)))
     by_family = _client_curves(run, "loss")
     if by_family:
         figure = curves_figure(by_family, ylabel="loss", colours=colours)
@@ -231,12 +231,21 @@ def _curve(rows: pd.DataFrame, name: str) -> Curve:
     )
 
 
+def _server_curves(run: Run) -> dict[str, dict[str, Curve]]:
+    """Metric -> family -> curve, from the server's "<family>/<metric>"."""
+    found: dict[str, dict[str, Curve]] = {}
+    for column in _numeric(run.server):
+        family, slash, name = column.partition("/")
+        if slash and family in run.families:
+            found.setdefault(name, {})[family] = _curve(run.server.dropna(subset=[column]), column)
+    return found
+
+
 def _client_curves(run: Run, name: str) -> dict[str, Curve]:
-    clients = run.frame("client")
-    if name not in clients:
+    if name not in run.clients:
         return {}
     curves = {}
-    for family, rows in clients.dropna(subset=[name]).groupby("family", sort=False):
+    for family, rows in run.clients.dropna(subset=[name]).groupby("family", sort=False):
         rounds = rows.groupby("round")[name].agg(["mean", "min", "max"])
         curves[str(family)] = Curve(
             x=rounds.index.tolist(),
@@ -252,9 +261,8 @@ def _federation(run: Run) -> list[Picture]:
     if run.partition is not None:
         of = "labels of the clients' images" if len(run.partition.classes) > 1 else "images of the clients"
         pictures.append(Picture(of.capitalize(), partition_figure(run.partition.counts, run.partition.classes)))
-    server = run.frame("server")
-    if {"uplink_bytes", "downlink_bytes"} <= set(server):
-        rows = server.fillna({"uplink_bytes": 0, "downlink_bytes": 0})
+    if run.total("uplink_bytes") or run.total("downlink_bytes"):
+        rows = run.server.fillna({"uplink_bytes": 0, "downlink_bytes": 0})
         figure = bytes_figure(rows["round"].tolist(), rows["uplink_bytes"].tolist(), rows["downlink_bytes"].tolist())
         pictures.append(Picture("Bytes a round, all clients together", figure))
     return pictures
@@ -269,7 +277,7 @@ def _failures(run: Run) -> tuple[list[dict[str, Any]], str]:
             "round": row["round"],
             "partition": failure.get("partition", "–"),
             "family": _family_of(failure, configured),
-            "kind": failure.get("kind", "–"),
+            "kind": RAN_AGAIN if failure.get("kind") == "worker_died" else failure.get("kind", "–"),
             "reason": failure.get("reason", "–"),
         }
         for row in rounds
@@ -282,11 +290,17 @@ def _failures(run: Run) -> tuple[list[dict[str, Any]], str]:
     total = sum(counts.values())
     if not rounds:
         return failures, "No round has ended yet."
-    if total == counts["ok"] and not failures:
-        return failures, f"None: all {plural(total, 'client task')} of {plural(len(rounds), 'round')} replied."
-    numbers = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    more = f" The first {MAX_FAILURES} of {len(failures)}:" if len(failures) > MAX_FAILURES else ""
-    return failures[:MAX_FAILURES], f"Of {plural(total, 'client task')}: {numbers}.{more}"
+    if total == 0:
+        return failures, "None: no client was asked to do anything."
+    if total == counts["ok"]:
+        text = f"None: all {plural(total, 'client task')} of {plural(len(rounds), 'round')} replied."
+    else:
+        text = f"Of {plural(total, 'client task')}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}."
+    if any(failure["kind"] == RAN_AGAIN for failure in failures):
+        text += " A task whose worker died ran again, with the identical result."
+    if len(failures) > MAX_FAILURES:
+        text += f" The first {MAX_FAILURES} of {len(failures)}:"
+    return failures[:MAX_FAILURES], text
 
 
 def _family_of(failure: Mapping[str, Any], families: Sequence[str]) -> str:
@@ -297,23 +311,28 @@ def _family_of(failure: Mapping[str, Any], families: Sequence[str]) -> str:
 
 
 def _measures(run: Run) -> list[Picture]:
-    clients = run.frame("client")
-    names = [name for name in _numeric(clients) if name != "loss" and clients[name].nunique() > 1]
+    """Whatever else clients and server reported, if it ever changed."""
     colours = palette(run.families)
-    return [
-        Picture(name, curves_figure(_client_curves(run, name), ylabel=name, colours=colours))
-        for name in names[:MAX_MEASURES]
-    ]
+    pictures = []
+    for name in _numeric(run.clients):
+        if name not in ("loss", *EFFORT) and run.clients[name].nunique() > 1:
+            curves = _client_curves(run, name)
+            pictures.append(Picture(f"clients: {name}", curves_figure(curves, ylabel=name, colours=colours)))
+    for name, curves in _server_curves(run).items():
+        if name not in ("loss", *EFFORT) and any(len(set(curve.y)) > 1 for curve in curves.values()):
+            pictures.append(Picture(f"server: {name}", curves_figure(curves, ylabel=name, colours=colours)))
+    return pictures[:MAX_MEASURES]
 
 
 def _phases(run: Run) -> Table | None:
-    server = run.frame("server")
-    seconds = {name: server[name] for name in _numeric(server) if "seconds" in name}
+    """Sums of the server's `seconds` (the whole round), `seconds_<phase>` and `<family>/seconds`."""
+    seconds = {name: run.server[name] for name in _numeric(run.server) if "seconds" in name}
     if not seconds:
         return None
     table = Table(heads=["", "total", "mean a round", "slowest round"])
     for name, values in sorted(seconds.items(), key=lambda item: -item[1].sum()):
-        table.rows.append(Row([name, *(duration(float(v)) for v in (values.sum(), values.mean(), values.max()))]))
+        phase = name.removeprefix("seconds_").removesuffix("/seconds").replace("seconds", "whole round")
+        table.rows.append(Row([phase, *(duration(float(v)) for v in (values.sum(), values.mean(), values.max()))]))
     return table
 
 
@@ -324,8 +343,7 @@ def _manifest(run: Run) -> dict[str, str]:
 
 def _numeric(table: pd.DataFrame) -> list[str]:
     """Metric columns that hold numbers."""
-    table = table.drop(columns=["round", "partition", "family"], errors="ignore")
-    return [str(name) for name in table.select_dtypes("number").columns]
+    return [str(name) for name in table.select_dtypes("number").columns if name not in ("round", "partition")]
 
 
 def _is(count: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from fedssl.errors import ConfigError, DataError
 
@@ -26,8 +26,11 @@ METRICS = {  # in the order of importance; the names are the reports' column hea
 RAW_PIXELS = "raw_pixels"  # the control's name where a family's would stand
 
 # Settings that say where or when a run happened, not what was run: they never tell two runs apart.
-INCIDENTAL = ("seed", "run_dir", "resume", "replay", "grid", "device", "max_seconds", "hydra", "client.store")
-INCIDENTAL_OF_DATA = ("data.root", "data.download", "data.cache", "evaluate.root", "evaluate.every")
+INCIDENTAL = (
+    "seed", "run_dir", "resume", "replay", "grid", "device", "max_seconds", "hydra", "client.store",
+    "federation.min_replies", "federation.round_timeout", "federation.keep_checkpoints",
+)  # fmt: skip
+INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +90,14 @@ class Run:
         return int(self.summary.get("rounds") or max((row["round"] for row in self.rows), default=0))
 
     @property
+    def declared_family(self) -> str | None:
+        """The family that the run reports, where it says so; a killed run may not."""
+        return self.summary.get("report_family") or (self.config.get("federation") or {}).get("report_family")
+
+    @property
     def report_family(self) -> str | None:
-        """The family that the headline speaks of."""
-        configured = self.summary.get("report_family") or (self.config.get("federation") or {}).get("report_family")
-        return configured or next(iter(self.families), None)
+        """The family that the headline speaks of: the declared one, else the first that was evaluated."""
+        return self.declared_family or next(iter(self.families), None)
 
     @cached_property
     def families(self) -> tuple[str, ...]:
@@ -103,10 +110,19 @@ class Run:
     @cached_property
     def eval(self) -> pd.DataFrame:
         """Rows of scope "eval": columns round, partition, family and one per metric."""
-        return self.frame("eval")
+        return self._frame("eval")
 
-    def frame(self, scope: str) -> pd.DataFrame:
-        """The rows of one scope as a table; nested metrics become "outer.inner"."""
+    @cached_property
+    def server(self) -> pd.DataFrame:
+        """Rows of scope "server", likewise."""
+        return self._frame("server")
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """Rows of scope "client", likewise."""
+        return self._frame("client")
+
+    def _frame(self, scope: str) -> pd.DataFrame:
         rows = [
             {"round": row["round"], "partition": row.get("partition"), "family": row.get("family")}
             | flatten(row.get("metrics") or {})
@@ -143,8 +159,7 @@ class Run:
         """`uplink_bytes` or another sum over rounds; of an unfinished run, so far."""
         if isinstance(self.summary.get(name), int | float):
             return float(self.summary[name])
-        rounds = self.frame("server")
-        return float(rounds[name].sum()) if name in rounds else None
+        return float(self.server[name].sum()) if name in self.server else None
 
     @cached_property
     def choices(self) -> dict[str, str]:
@@ -153,9 +168,14 @@ class Run:
 
     @cached_property
     def setting(self) -> dict[str, str]:
-        """The part of the configuration that decides whether two runs' accuracies may be compared at all."""
+        """What decides whether two runs' accuracies may be compared at all: images and probes."""
         part = {key: self.config.get(key) for key in ("data", "evaluate")}
-        return {"data": self.data} | _settings(part, drop=INCIDENTAL_OF_DATA)
+        digests = {  # data.root says where images lie, these say what they are
+            f"sha256 of {name}": str(digest)[:8]
+            for name, digest in (self.manifest.get("data") or {}).items()
+            if name != "public set"  # drawn anew with each seed
+        }
+        return {"data": self.data} | _settings(part, drop=INCIDENTAL_OF_DATA) | digests
 
 
 def read_run(path: Path) -> Run:
