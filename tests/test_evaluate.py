@@ -30,7 +30,7 @@ from fedssl.evaluate import (
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
-LOGISTIC = LogisticRegression(max_iterations=100, tolerance=1e-5)
+LOGISTIC = LogisticRegression(max_iterations=100, tolerance=1e-4)
 
 
 class PlainViews(Normalisation):

@@ -39,7 +39,7 @@ class FewLabels:
         if self.num_draws < 2:
             raise ConfigError(f"evaluate.labels.num_draws must be at least 2 to have a spread, got {self.num_draws}.")
         if self.l2 <= 0:
-            raise ConfigError(f"evaluate.labels.l2 must be above 0, got {self.l2}; usual is 0.01.")
+            raise ConfigError(f"evaluate.labels.l2 must be above 0, got {self.l2}; usual is 0.1.")
 
     def draw(self, labels: Int64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, "draws m"]:
         """Positions of `count` images of each class (all of a class that has fewer), one row a draw."""

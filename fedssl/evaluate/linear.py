@@ -38,7 +38,7 @@ class LinearProbe:
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(
                 f"evaluate.linear.validation_fraction must be between 0 and 1, got {self.validation_fraction}: "
-                f"that share of the training images chooses evaluate.linear.l2; usual is 0.1."
+                f"that share of the training images chooses evaluate.linear.l2; usual is 0.2."
             )
 
     def split(self, labels: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " v"]]:

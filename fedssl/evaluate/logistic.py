@@ -77,7 +77,7 @@ class LogisticRegression:
         if self.max_iterations < 1:
             raise ConfigError(f"evaluate.logistic.max_iterations must be at least 1, got {self.max_iterations}.")
         if self.tolerance <= 0:
-            raise ConfigError(f"evaluate.logistic.tolerance must be above 0, got {self.tolerance}; usual is 0.00001.")
+            raise ConfigError(f"evaluate.logistic.tolerance must be above 0, got {self.tolerance}; usual is 0.0001.")
 
     def fit(
         self,
