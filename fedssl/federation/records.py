@@ -48,14 +48,20 @@ def to_arrays(states: Mapping[str, Mapping[str, Tensor]]) -> ArrayRecord:
 
 def family_arrays(arrays: ArrayRecord, family: str) -> ArrayRecord:
     """The part of `arrays` that belongs to `family`, names unchanged, data shared."""
-    return ArrayRecord({name: array for name, array in arrays.items() if name.startswith(f"{family}/")})
+    part = ArrayRecord()
+    for name, array in arrays.items():
+        if name.startswith(f"{family}/"):
+            part[name] = array  # the constructor would copy, and refuse data that a worker maps
+    return part
 
 
 def family_state(arrays: ArrayRecord, family: str) -> dict[str, Tensor]:
     """The tensors of `family` in `arrays`, by parameter name; empty if the record holds none."""
+    prefix = f"{family}/"
     return {
-        name.removeprefix(f"{family}/"): torch.from_numpy(array.numpy())
-        for name, array in family_arrays(arrays, family).items()
+        name.removeprefix(prefix): torch.from_numpy(array.numpy())
+        for name, array in arrays.items()
+        if name.startswith(prefix)
     }
 
 
