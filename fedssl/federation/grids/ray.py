@@ -10,6 +10,7 @@ died runs again one message at a time, which finds the client that is to blame w
 Everything happens in the caller's thread, while it pulls: there is no background thread to race with.
 """
 
+import gc
 import logging
 import math
 import os
@@ -32,7 +33,8 @@ from fedssl.federation.grids.base import App, GridEvent, LocalGrid, answer, node
 
 BROADCAST_BYTES = 1 << 16  # records from this size on go through the object store once, not with every message
 POLL_SECONDS = 0.2  # one pull waits for about this long
-BATCHES_PER_WORKER = 4  # a worker takes at most this part of the queue's fair share at once, so that all end together
+BATCHES_PER_WORKER = 4  # a worker takes a quarter of its share of the queue at once, so that all end together,
+SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs about 1 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +208,7 @@ class _Worker:
 
         torch.set_num_threads(self._threads)
         self._app = cloudpickle.loads(load_app)()
+        gc.freeze()  # what is loaded now stays; the collector need not look at it again
         context = ray.get_runtime_context()
         return os.getpid(), f"{context.get_node_id()}/{context.get_accelerator_ids().get('GPU', [])}"
 
@@ -409,23 +412,24 @@ class RayGrid(LocalGrid):
             slot = min(idle, key=lambda slot: busy[slot.device])
             idle.remove(slot)
             busy[slot.device] += 1
-            slot.tasks = self._next_batch()
+            slot.tasks = self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1)))
             batch = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in slot.tasks]
             unseen = {key for task in slot.tasks for key in task.keys} - slot.keys
             slot.keys |= unseen
             data, views = flower_compat.dumps(batch)
             slot.reference = slot.actor.work.remote(data, views, {key: self._broadcast[key] for key in unseen})
 
-    def _next_batch(self) -> list[_Task]:
-        """Tasks from the head of the queue: one, or several short ones within `batch_seconds`."""
-        size = math.ceil(len(self._queue) / (BATCHES_PER_WORKER * len(self._slots)))
+    def _next_batch(self, share: int) -> list[_Task]:
+        """Tasks from the head of the queue: one, or several short ones within `batch_seconds`, at most `share`."""
+        part = len(self._queue) / (BATCHES_PER_WORKER * len(self._slots))
         batch = [self._queue.popleft()]
-        room = self._settings.batch_seconds
-        while self._queue and len(batch) < size and not (batch[0].alone or self._queue[0].alone):
-            both_known = self._expected(batch[-1]) and self._expected(self._queue[0])
-            room -= self._expected(batch[-1])
-            if not both_known or room < self._expected(self._queue[0]):
+        work = self._expected(batch[0])
+        while self._queue and len(batch) < share and not (batch[0].alone or self._queue[0].alone):
+            more = self._expected(self._queue[0])
+            limit = self._settings.batch_seconds if len(batch) < part else SHORT_SECONDS
+            if not (work and more) or work + more > limit:  # an unknown client travels alone
                 break
+            work += more
             batch.append(self._queue.popleft())
         return batch
 
