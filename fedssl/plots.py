@@ -154,6 +154,7 @@ def dots_figure(
             arrow, side = ("<", "left") if value < low else (">", "right")
             axes.plot([], [], arrow, color=INK, alpha=0.6, markersize=4, label=f"{_text(name)} {value:.3f}, far {side}")
     axes.set_yticks(range(len(values)), [_text(name) for name in values])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlabel(xlabel)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)

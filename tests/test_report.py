@@ -20,7 +20,7 @@ from fedssl.report.comparison import Comparison, sort_runs
 from fedssl.report.runs import find_runs, tell_apart
 
 FAMILIES = ("conv4_16", "resnet8", "conv4_32")
-INITIAL = {"linear_top1": 0.51, "knn_top1": 0.41, "labels1_top1": 0.31}
+INITIAL = {"linear_top1": 0.51, "knn_top1": 0.41, "labels1_top1": 0.31, "labels1_top1_std": 0.05}
 RAW = {"linear_top1": 0.901, "knn_top1": 0.902, "labels1_top1": 0.403}
 
 
@@ -42,10 +42,11 @@ def make_run(
     """A run directory as INTERFACE.md describes it: 5 clients, 1 kB up and 2 kB down a client and round."""
     path.mkdir(parents=True)
     failures = failures or {}
-    final = {"linear_top1": linear, "knn_top1": linear - 0.02, "labels1_top1": linear - 0.2}
+    final = {"linear_top1": linear, "knn_top1": linear - 0.02, "labels1_top1": linear - 0.2, "labels1_top1_std": 0.06}
 
     def at(share: float, worse: float) -> dict[str, float]:
         metrics = {name: INITIAL[name] + share * (final[name] - worse - INITIAL[name]) for name in INITIAL}
+        metrics["labels1_top1_std"] += share * worse
         if spread is not None:
             for name in INITIAL:
                 metrics |= {f"{name}_min": metrics[name] - spread, f"{name}_max": metrics[name] + spread}
@@ -141,7 +142,7 @@ def test_the_numbers_of_a_run_are_on_its_page(tmp_path: Path) -> None:
     assert "The global conv4_16 reaches 0.987 top-1 (linear): +0.477 against random init" in seen
     assert "+0.086 against raw pixels" in seen
     assert "kNN, top-1 0.967" in seen
-    assert "1 label, top-1 0.787" in seen
+    assert "1 label, top-1 0.787 ± 0.060 over draws of the labels" in seen
     assert "resnet8 2 0.977" in seen  # the families' table: clients, linear one point below
     assert "conv4_32 1 0.967" in seen
     assert "15 kB" in seen  # 3 rounds x 5 clients x 1 kB up
@@ -260,7 +261,7 @@ def test_a_run_that_was_killed_reports_what_it_has(tmp_path: Path) -> None:
         (run / name).unlink()
     seen = texts(write_run_report(run).read_text())
     assert "flesd on digits unfinished" in seen
-    assert "The global conv4_16 reaches 0.900" in seen
+    assert "Not finished, evaluated last after round 2. The global conv4_16 reaches 0.900" in seen
     assert "2 rounds" in seen
     assert "10 kB" in seen  # summed from the rounds' rows
 

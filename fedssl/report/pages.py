@@ -29,12 +29,14 @@ class Cell:
     Args:
         text: the number.
         delta: signed difference from what the table compares with.
+        rival: the number is a rival's, so that a positive `delta` is bad news.
         span: lowest and highest over the clients of a strategy without a global model.
         link: address the text leads to.
     """
 
     text: str
     delta: float | None = None
+    rival: bool = False
     span: tuple[float, float] | None = None
     link: str | None = None
 
@@ -51,8 +53,8 @@ class Cell:
     @property
     def trend(self) -> str:
         """CSS class of `delta`."""
-        delta = self.delta or 0.0
-        return "up" if delta >= TIE else "down" if delta <= -TIE else ""
+        gain = (self.delta or 0.0) * (-1 if self.rival else 1)
+        return "up" if gain >= TIE else "down" if gain <= -TIE else ""
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.text, self.range and f"({self.range})", self.signed)))
@@ -105,10 +107,12 @@ def signed(delta: float) -> str:
     return f"{delta:+.3f}".replace("-", "−")
 
 
-def accuracy(metrics: Mapping[str, float], name: str, against: Mapping[str, float] | None = None) -> Cell:
+def accuracy(
+    metrics: Mapping[str, float], name: str, against: Mapping[str, float] | None = None, *, rival: bool = False
+) -> Cell:
     """The metric `name` as a cell, and how far it is from the same metric of `against`."""
     delta = metrics[name] - against[name] if against and name in metrics and name in against else None
-    return Cell(text=fraction(metrics.get(name)), delta=delta, span=bounds(metrics, name))
+    return Cell(text=fraction(metrics.get(name)), delta=delta, rival=rival, span=bounds(metrics, name))
 
 
 def bounds(metrics: Mapping[str, float], name: str) -> tuple[float, float] | None:

@@ -96,7 +96,8 @@ def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> st
         for title, control in run.controls().items()
         if name in control
     ]
-    text = f"{who} {metrics[name]:.3f} top-1 ({METRICS[name]})" + (f": {', '.join(gains)}." if gains else ".")
+    so_far = "" if run.completed else f"Not finished, evaluated last after round {run.eval['round'].max()}. "
+    text = f"{so_far}{who} {metrics[name]:.3f} top-1 ({METRICS[name]})" + (f": {', '.join(gains)}." if gains else ".")
     scores = {labels[id(other)]: other.final()[name] - metrics[name] for other in siblings if name in other.final()}
     if scores:
         better = [label for label, score in scores.items() if score >= TIE]
@@ -117,6 +118,8 @@ def _tiles(run: Run, shown: Sequence[str]) -> list[Tile]:
             for title, control in controls.items()
             if name in control
         ]
+        if f"{name}_std" in metrics:
+            notes.insert(0, f"± {metrics[f'{name}_std']:.3f} over draws of the labels")
         span = bounds(metrics, name)
         if span is not None:
             notes.insert(0, f"clients {span[0]:.3f} to {span[1]:.3f}")
@@ -136,7 +139,7 @@ def _controls(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> T
     table = Table(heads=["", *(METRICS[name] for name in shown), "up", "down", "time"])
 
     def cells(metrics: Mapping[str, float]) -> list[Cell]:
-        return [accuracy(metrics, name, None if metrics is ours else ours) for name in shown]
+        return [accuracy(metrics, name, None if metrics is ours else ours, rival=True) for name in shown]
 
     def cost(other: Run) -> list[str]:
         seconds = other.summary.get("wall_seconds")
