@@ -8,9 +8,11 @@ The paper weights clients by their number of images (`weighted: true`); FLESD's 
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from fedssl.errors import PayloadError
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.records import Upload, family_state, model_state, to_arrays
+from fedssl.federation.records import Upload, family_arrays, family_state, model_state, to_arrays
 from fedssl.federation.server import Server, read_uploads
 
 log = logging.getLogger(__name__)
@@ -64,20 +66,18 @@ class FedAvg(Strategy):
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, "weights")
         family = upload.header.family
-        expected = {f"{family}/{name}": value for name, value in family_state(self.arrays, family).items()}
+        expected = family_arrays(self.arrays, family)
         if upload.arrays.keys() != expected.keys():
             raise PayloadError(
                 f"its weights are not those of {family}: {sorted(upload.arrays.keys() ^ expected.keys())[:3]}"
             )
         for name, value in upload.arrays.items():
-            tensor = torch.from_numpy(value)
-            if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
-                raise PayloadError(
-                    f"weight {name!r} is {tensor.dtype}{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-                )
-            if not torch.isfinite(tensor).all():
+            own = expected[name]
+            if (str(value.dtype), value.shape) != (own.dtype, tuple(own.shape)):
+                raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
+            if not np.isfinite(value).all():
                 raise PayloadError(f"weight {name!r} holds NaN or infinity")
-        if not upload.metrics.get("num-examples", 0) > 0:
+        if not 0 < upload.metrics.get("num-examples", 0) < math.inf:
             raise PayloadError(f"it declares num-examples={upload.metrics.get('num-examples')}")
         return upload
 

@@ -56,12 +56,11 @@ class Checkpoints:
 
     def save(self, arrays: ArrayRecord, strategy_state: Mapping[str, Tensor], progressed: Progressed) -> None:
         """Write the checkpoint of `progressed.round_num`."""
-        final = self.root / f"{progressed.round_num:05d}"
-        partial = self.root / f".partial-{progressed.round_num:05d}"
+        final, partial = self._folder(progressed.round_num), self._partial(progressed.round_num)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(
-            {name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()},
+            {name: np.asarray(array.numpy(), order="C") for name, array in arrays.items()},
             partial / "arrays.safetensors",
         )
         save_tensors(dict(strategy_state), partial / "strategy.safetensors")
@@ -74,7 +73,7 @@ class Checkpoints:
 
     def load(self, round_num: int) -> tuple[ArrayRecord, dict[str, Tensor], Progressed]:
         """Arrays, the strategy's state and counters after `round_num`."""
-        folder = self.root / f"{round_num:05d}"
+        folder = self._folder(round_num)
         arrays = ArrayRecord({name: Array(value) for name, value in load_file(folder / "arrays.safetensors").items()})
         progressed = Progressed(**json.loads((folder / "progress.json").read_text()))
         return arrays, load_tensors(folder / "strategy.safetensors"), progressed
@@ -85,5 +84,13 @@ class Checkpoints:
         kept = set(rounds[-self.keep :]) | {failed - 1 for failed in failed_rounds}
         for round_num in rounds:
             if round_num not in kept:
-                shutil.rmtree(self.root / f"{round_num:05d}")
+                self._folder(round_num).rename(self._partial(round_num))  # a half deleted one is no checkpoint
+        for partial in self.root.glob(".partial-*"):
+            shutil.rmtree(partial)
         return min(self.rounds())
+
+    def _folder(self, round_num: int) -> Path:
+        return self.root / f"{round_num:05d}"
+
+    def _partial(self, round_num: int) -> Path:
+        return self.root / f".partial-{round_num:05d}"

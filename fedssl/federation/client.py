@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -166,6 +166,7 @@ class Client:
         return Upload(header=header, arrays=arrays, metrics={**metrics, "num-examples": len(self.private_set)})
 
 
+@runtime_checkable
 class ClientUpdate(Protocol):
     """A strategy's client half. It may also have `evaluate(client, broadcast)`; see `strategies/local_only.py`."""
 

@@ -13,12 +13,14 @@ class ClientError(FedSSLError):
     """A client's work failed; the message says in which phase and with what."""
 
 
-def make_client_app(setup: Setup, update: ClientUpdate, store: ClientStore, *, explain: bool = True) -> ClientApp:
+def make_client_app(
+    setup: Setup, update: ClientUpdate | None, store: ClientStore, *, explain: bool = True
+) -> ClientApp:
     """A `ClientApp` whose nodes are the partitions of `setup`.
 
     Args:
         setup: data, models and settings of the run.
-        update: the strategy's client half.
+        update: the strategy's client half; None where it has none, then clients only say who they are.
         store: the clients' memory between rounds.
         explain: wrap an exception into one line with the phase it happened in; a replay wants the bare exception.
     """
@@ -46,6 +48,7 @@ def make_client_app(setup: Setup, update: ClientUpdate, store: ClientStore, *, e
         client, broadcast = receive(message, context)
         client.memory = store.read(client.partition_id, before=client.round_num)
         try:
+            assert update is not None, "the strategy has no client half"
             upload = update(client, broadcast)
             if client.memory:
                 with client.doing("writing the client store"):

@@ -127,8 +127,13 @@ class Upload:
         if message.has_error():
             raise PayloadError(f"the client answered with an error: {message.error.reason}")
         content = message.content
-        if set(content) != {"arrays", "metrics", "header"}:
+        if content.keys() != _UPLOAD.keys():
             raise PayloadError(f"an upload has the records arrays, metrics and header, got {sorted(content)}")
+        for name, kind in _UPLOAD.items():
+            if not isinstance(content[name], kind):
+                raise PayloadError(
+                    f"record {name!r} should be of type {kind.__name__}, got {type(content[name]).__name__}"
+                )
         header = Header.from_record(content.config_records["header"])
         arrays = {}
         for name, array in content.array_records["arrays"].items():
@@ -136,9 +141,7 @@ class Upload:
                 value = array.numpy()
             except Exception as error:  # numpy's reader raises many kinds
                 raise PayloadError(f"array {name!r} cannot be read: {error}") from error
-            if value.dtype.str.lstrip("<|=") != np.dtype(array.dtype).str.lstrip("<|=") or value.shape != tuple(
-                array.shape
-            ):
+            if (str(value.dtype), value.shape) != (array.dtype, tuple(array.shape)):
                 raise PayloadError(
                     f"array {name!r} declares {array.dtype}{tuple(array.shape)} but holds {value.dtype}{value.shape}"
                 )
@@ -149,9 +152,28 @@ class Upload:
         return cls(header=header, arrays=arrays, metrics=metrics)
 
 
+_UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
+
+
 # --- bytes -------------------------------------------------------------------------------------------------------
 def num_bytes(message: Message) -> int:
-    """Size of a message's records in bytes, by Flower's own count: names, values and encoded arrays."""
+    """Size of a message's records: names, encoded arrays, 8 bytes a number, strings by length.
+
+    Flower's own count, except that Flower's raises for an empty string or list, which anybody may send.
+    """
     if message.has_error():
         return 0
-    return sum(len(name) + record.count_bytes() for name, record in message.content.items())
+    return sum(
+        len(name) + sum(len(entry) + _num_bytes(value) for entry, value in record.items())
+        for name, record in message.content.items()
+    )
+
+
+def _num_bytes(value: object) -> int:
+    if isinstance(value, Array):
+        return len(value.data)
+    if isinstance(value, list):
+        return sum(map(_num_bytes, value))
+    if isinstance(value, str | bytes):
+        return len(value)
+    return 1 if isinstance(value, bool) else 8

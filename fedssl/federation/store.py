@@ -47,8 +47,10 @@ class ClientStore:
         partial.replace(path)
 
     def prune(self, oldest_base: int) -> None:
-        """Delete the versions that no task based on round `oldest_base` or later can read."""
+        """Delete the versions that no task based on round `oldest_base` or later can read, and what a kill left."""
         for folder in self.root.glob("[0-9]*"):
+            for partial in folder.glob("*.partial*"):
+                partial.unlink(missing_ok=True)
             readable = [version for version in self.versions(int(folder.name)) if version <= oldest_base]
             for version in readable[:-1]:
                 self._path(int(folder.name), version).unlink(missing_ok=True)
