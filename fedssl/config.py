@@ -4,15 +4,23 @@ A *resolved* configuration is a plain mapping (numbers, strings, lists, mappings
 `config.yaml` of a run directory holds and what workers receive.
 """
 
+import collections.abc
+import difflib
+import inspect
+import json
+import math
+import pkgutil
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from fedssl.errors import ConfigError
 
@@ -62,21 +70,24 @@ def resolve(config: DictConfig, choices: Mapping[Any, Any]) -> dict[str, Any]:
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
+    _check_complete(resolved)
     resolved["strategy"]["name"] = choices["strategy"]
     public, evaluate = resolved["public"], resolved["evaluate"]
-    image_size = int(resolved["data"]["image_size"])
     if "data" in public:
-        public["source"] = _named_source(public.pop("data"), public.pop("root"), public.pop("image_size"))
+        public["source"] = _named_source("public", public.pop("data"), public.pop("root"), public.pop("image_size"))
     if evaluate["data"] is not None:
-        evaluate["source"] = _named_source(evaluate["data"], evaluate["root"], image_size)
+        image_size = resolved["data"]["image_size"]
+        evaluate["source"] = _named_source("evaluate", evaluate["data"], evaluate["root"], image_size)
     return {str(key): value for key, value in resolved.items()}
 
 
-def _named_source(name: str, root: str | None, image_size: int) -> dict[str, Any]:
+def _named_source(group: str, name: str, root: str | None, image_size: int) -> dict[str, Any]:
     """The node of conf/data/<name>.yaml, decoded at `image_size` pixels."""
     source = hydra.compose(CONFIG_NAME, [f"data={name}"]).data
     OmegaConf.set_struct(source, False)
     if root is not None:
+        if "root" not in source:
+            raise ConfigError(f"{group}.root={root}: {group}.data={name} reads no files, leave {group}.root out.")
         source.root = root
     source.image_size = image_size
     resolved = OmegaConf.to_container(source, resolve=True)
@@ -104,14 +115,128 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"cannot build {node['_target_']}: {message_of(error)}") from error
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot build {node['_target_']}: {error}") from error
 
 
+# What the keys are that no `_target_` takes.
+TOP_LEVEL: dict[str, Any] = {"seed": int, "device": str, "max_seconds": float | None, "run_dir": str | None}
+CLIENT_STORE = {"store": str | None}
+GROUPS = (
+    "views", "data", "partition", "public", "models", "projector", "method", "client", "codec", "ensemble", "distill",
+    "strategy", "federation", "evaluate", "grid",
+)  # fmt: skip
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Hold every value against the parameter of its `_target_` that it is for, before anything is built.
+
+    YAML and the command line know numbers, text, flags, null, lists and mappings; a parameter says by its annotation
+    which of them it takes. Parameters of other types (a model, a codec) are left to their own checks.
+
+    Args:
+        config: a whole resolved configuration.
+
+    Raises:
+        ConfigError: a value of another type, a target that cannot be imported, or no value at all.
+    """
+    _check_complete(config)
+    _check_node(config, "", TOP_LEVEL)
+
+
+def _check_complete(config: Mapping[Any, Any]) -> None:
+    missing = [key for key in (*TOP_LEVEL, *GROUPS) if key not in config]
+    if missing:
+        raise ConfigError(f"the configuration has no {', '.join(missing)}: conf/config.yaml lists what a run needs.")
+
+
+def _check_node(node: Mapping[str, Any], where: str, annotations: Mapping[str, Any]) -> None:
+    for name, value in node.items():
+        key = f"{where}.{name}" if where else name
+        if name in annotations and not _fits(value, annotations[name]):
+            raise ConfigError(
+                f"{key} must be {_in_words(annotations[name])}, got {json.dumps(value)}. "
+                f"Change it on the command line ({key}=...) or in its file under conf/."
+            )
+        if isinstance(value, Mapping):
+            _check_node(value, key, _annotations(value, key) | (CLIENT_STORE if key == "client" else {}))
+
+
+def _annotations(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """By name, the parameters of what the node's `_target_` names; none where they cannot be known."""
+    if "_target_" not in node:
+        return {}
+    try:
+        target = pkgutil.resolve_name(node["_target_"])
+    except Exception as error:  # importing runs the module: anything can happen
+        raise ConfigError(
+            f"{where}._target_={node['_target_']} cannot be imported: {error}. It is the Python path of a "
+            f"class or function: in an installed package, or in the folder where the command is started."
+        ) from error
+    try:
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except (NameError, TypeError, ValueError):  # an annotation that names nothing; a builtin without signature
+        return {}
+    return {name: parameter.annotation for name, parameter in parameters.items()}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin in (collections.abc.Sequence, list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (None, types.NoneType):
+        return value is None
+    return annotation not in _WORDS or isinstance(value, annotation)
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+}
+
+
+def _in_words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_in_words(argument) for argument in arguments)
+    if origin in (collections.abc.Sequence, list, tuple):
+        return f"a list [...] of {_in_words(arguments[0]).removeprefix('a ').replace('number', 'numbers')}"
+    return _WORDS.get(annotation, str(annotation))
+
+
 def message_of(error: BaseException) -> str:
-    """What a person needs of a Hydra or OmegaConf error: its message and its cause's, without a traceback."""
+    """What a person needs of a Hydra or OmegaConf error, without a traceback: what was given and what would work."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: there is no such choice. {group} may be {', '.join(error.options)}."
     cause = error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        return _unknown_key(str(cause.full_key), str(cause.key), [str(name) for name in cause.parent_node])
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no default: set {error.full_key}=..."
+    if isinstance(error, OmegaConfBaseException) and error.msg and error.full_key:
+        return f"{error.full_key}: {error.msg}"
     text = str(error).strip()
     if cause is not None and str(cause) and str(cause) not in text:
         text += f"\n{cause}"
     return text
+
+
+def _unknown_key(full_key: str, key: str, siblings: Sequence[str]) -> str:
+    prefix = full_key.removesuffix(key)
+    known = [name for name in siblings if not name.startswith("_") and name != "hydra"]
+    similar = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {prefix}{similar[0]}?" if similar else ""
+    under = f"{prefix[:-1]} has" if prefix else "There are"
+    return f"there is no key {full_key}.{hint} {under} {', '.join(known) or 'no keys'}."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedssl.config import instantiate
+from fedssl.config import check_values, instantiate
 from fedssl.data.federated import FederatedData, federate
 from fedssl.data.images import ImageSet
 from fedssl.data.public import Dataset, PublicSet
@@ -39,11 +39,9 @@ class Federation:
     keep_checkpoints: int
 
     def __post_init__(self) -> None:
-        if self.num_clients < 1 or self.num_rounds < 1:
-            raise ConfigError(
-                "federation.num_clients and federation.num_rounds must be at least 1, "
-                f"got {self.num_clients} and {self.num_rounds}"
-            )
+        for name in ("num_clients", "num_rounds", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"federation.{name} must be at least 1, got {getattr(self, name)}.")
         if self.cohort_size is not None and not 1 <= self.cohort_size <= self.num_clients:
             raise ConfigError(
                 f"federation.cohort_size must be between 1 and federation.num_clients={self.num_clients}, "
@@ -53,11 +51,12 @@ class Federation:
         cohort = self.cohort_size or self.num_clients
         if self.min_replies is not None and not 0 <= self.min_replies <= cohort:
             raise ConfigError(
-                f"federation.min_replies must be between 0 and the cohort's size {cohort}, got {self.min_replies}"
+                f"federation.min_replies must be between 0 and the cohort's size {cohort}, got {self.min_replies}. "
+                f"Lower it, or raise federation.{'num_clients' if self.cohort_size is None else 'cohort_size'}."
             )
         if not self.families:
             raise ConfigError("federation.families is empty: name at least one architecture, e.g. [conv4_16]")
-        if self.round_timeout is not None and self.round_timeout <= 0:
+        if self.round_timeout is not None and not self.round_timeout > 0:
             raise ConfigError(
                 f"federation.round_timeout is in seconds and must be > 0 or null, got {self.round_timeout}"
             )
@@ -70,7 +69,7 @@ class Federation:
 def resolve_device(name: str) -> torch.device:
     """`device=auto|cpu|cuda` as a torch device of this process."""
     if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}")
+        raise ConfigError(f"device must be auto (every GPU, else the CPU), cpu or cuda, got {name!r}.")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU here: use device=auto or device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -90,16 +89,20 @@ class Setup:
     def __init__(self, config: Mapping[str, Any], run_dir: Path | None = None) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.seed = int(config["seed"])
 
     # --- settings ---
+    @property
+    def seed(self) -> int:
+        """The one seed of which every draw derives."""
+        seed: int = self.config["seed"]
+        return seed
+
     @cached_property
     def federation(self) -> Federation:
         """Who takes part."""
         federation: Federation = instantiate(self.config["federation"])
         known = sorted(self.config["models"])
-        named = [*federation.families, *([federation.report_family] if federation.report_family else [])]
-        for family in named:
+        for family in federation.families:
             if family not in known:
                 raise ConfigError(
                     f"federation.families names the architecture {family!r}; known are {', '.join(known)}. "
@@ -107,8 +110,8 @@ class Setup:
                 )
         if federation.report_family and federation.report_family not in federation.families:
             raise ConfigError(
-                f"federation.report_family={federation.report_family} is no client's architecture: "
-                f"choose one of federation.families={list(federation.families)}"
+                f"federation.report_family={federation.report_family} is no client's architecture: choose one of "
+                f"federation.families=[{', '.join(federation.families)}], or add it to them."
             )
         return federation
 
@@ -232,6 +235,11 @@ class Setup:
 
     def _new_model(self, family: str) -> Model:
         backbone = instantiate(self.config["models"][family])
+        if not isinstance(backbone, torch.nn.Module):
+            raise ConfigError(
+                f"models.{family}._target_ must name a torch.nn.Module or a function that returns one, got a "
+                f"{type(backbone).__name__}."
+            )
         width = feature_dim(backbone, int(self.config["data"]["image_size"]))
         return Model(backbone, instantiate(self.config["projector"], in_dim=width))
 
@@ -280,8 +288,15 @@ class Setup:
         Raises:
             ConfigError: with what was given, what would work and where to change it.
         """
+        check_values(self.config)
+        max_seconds = self.config["max_seconds"]
+        if max_seconds is not None and max_seconds < 0:
+            raise ConfigError(
+                f"max_seconds must be at least 0, or null for no limit, got {max_seconds}. "
+                f"No round starts after that many seconds."
+            )
         federation = self.federation
-        _ = self.local, self.evaluation, self.views, self.method, self.device
+        _ = self.local, self.evaluation, self.views, self.method, self.device, instantiate(self.config["grid"])
         image_size = int(self.config["data"]["image_size"])
         for family in self.families:
             self.build_model(family)
@@ -291,6 +306,12 @@ class Setup:
             raise ConfigError(
                 f"federation.cohort_size={cohort}, but only {trainers} clients train: under public=client_shard "
                 f"partition 0 is the public set. Lower cohort_size or raise num_clients={federation.num_clients}."
+            )
+        if federation.min_replies is not None and federation.min_replies > cohort:
+            raise ConfigError(
+                f"federation.min_replies={federation.min_replies}, but only {trainers} clients train: under "
+                f"public=client_shard partition 0 is the public set. Lower min_replies or raise "
+                f"num_clients={federation.num_clients}."
             )
         if self.train.image_size != (image_size, image_size):
             raise ConfigError(f"data.image_size={image_size}, but the images are {self.train.image_size}")
