@@ -62,7 +62,7 @@ def make_client_app(
         client, broadcast = receive(message, context)
         client.memory = store.read(client.partition_id, before=client.round_num + 1)  # what this round's training left
         try:
-            metrics = update.evaluate(client, broadcast)  # type: ignore[attr-defined]
+            metrics = update.evaluate(client, broadcast)  # type: ignore[union-attr]
         except Exception as error:
             raise explained(client, error) from error
         header = ConfigRecord({"partition_id": client.partition_id, "family": client.family})
