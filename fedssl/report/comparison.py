@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedssl.plots import Curve, curves_figure, dots_figure, human_bytes, palette, partition_figure
 from fedssl.report.pages import Cell, Picture, Row, Table, accuracy, bounds, fraction, markdown, plural, render
-from fedssl.report.runs import METRICS, Run, flatten, tell_apart
+from fedssl.report.runs import HEADLINE, METRICS, Run, flatten, tell_apart
 from fedssl.tracking import duration
 
 MAX_PARTITIONS = 6  # pictures a section
@@ -234,13 +234,13 @@ def _section_notes(section: Section) -> list[str]:
 def _section_pictures(section: Section) -> list[Picture]:
     colours = palette([group.label for group in section.groups])
     pictures = []
-    for name in _shown(section):
+    for name in HEADLINE:
         values = {group.label: group.values(name) for group in section.groups if group.values(name)}
         controls = {control: float(np.mean(m[name])) for control, m in section.controls.items() if name in m}
         if values:
             figure = dots_figure(values, xlabel=f"{METRICS[name]}, top-1", colours=colours, controls=controls)
             pictures.append(Picture(f"{METRICS[name]}: at the end", figure))
-    for name in _shown(section):
+    for name in HEADLINE:
         curves = {group.label: curve for group in section.groups if (curve := _curve(group, name)) is not None}
         if curves:
             raw = section.controls.get("raw pixels", {}).get(name)

@@ -9,7 +9,7 @@ import yaml
 
 from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, palette, partition_figure
 from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
-from fedssl.report.runs import METRICS, RAW_PIXELS, Run, flatten, tell_apart
+from fedssl.report.runs import HEADLINE, METRICS, RAW_PIXELS, Run, flatten, tell_apart
 from fedssl.tracking import duration
 
 MAX_FAILURES = 200  # rows of the failures table
@@ -31,8 +31,6 @@ def run_page(run: Run, siblings: Sequence[Run]) -> str:
     """The HTML page of `run`; `siblings` are other runs of its sweep, shown as controls where they can be."""
     comparable = [other for other in siblings if other.completed and other.setting == run.setting]
     labels = dict(zip(map(id, [run, *comparable]), _labels([run, *comparable]), strict=True))
-    metrics = run.final()
-    shown = [name for name in METRICS if name in metrics]
     failures, counts = _failures(run)
     return render(
         "run.html.j2",
@@ -41,7 +39,7 @@ def run_page(run: Run, siblings: Sequence[Run]) -> str:
             "title": f"{run.strategy} on {run.data}",
             "facts": _facts(run),
             "verdict": _verdict(run, comparable, labels),
-            "tiles": _tiles(run, shown),
+            "tiles": _tiles(run),
             "controls": _controls(run, comparable, labels),
             "control_notes": _control_notes(siblings, comparable),
             "families": _families(run),
@@ -109,10 +107,10 @@ def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> st
     return text
 
 
-def _tiles(run: Run, shown: Sequence[str]) -> list[Tile]:
+def _tiles(run: Run) -> list[Tile]:
     metrics, controls = run.final(), run.controls()
     tiles = []
-    for name in shown:
+    for name in (name for name in HEADLINE if name in metrics):
         notes: list[str | Cell] = [
             Cell(text=f"{title} {fraction(control[name])}", delta=metrics[name] - control[name])
             for title, control in controls.items()
@@ -201,17 +199,15 @@ def _curves(run: Run) -> list[Picture]:
     controls = run.controls().get("raw pixels", {})
     pictures = []
     rounds = run.eval[run.eval["family"] != RAW_PIXELS]
-    for name, title in METRICS.items():
-        if name not in rounds:
-            continue
+    for name in (name for name in HEADLINE if name in rounds):
         curves = {
             str(family): _curve(rows, name)
             for family, rows in rounds.dropna(subset=[name]).groupby("family", sort=False)
         }
         if any(len(curve.x) > 1 for curve in curves.values()):
             raw = {"raw pixels": controls[name]} if name in controls else {}
-            figure = curves_figure(curves, ylabel=f"{title}, top-1", colours=colours, controls=raw)
-            pictures.append(Picture(f"Accuracy: {title}", figure))
+            figure = curves_figure(curves, ylabel=f"{METRICS[name]}, top-1", colours=colours, controls=raw)
+            pictures.append(Picture(f"Accuracy: {METRICS[name]}", figure))
     losses = _server_curves(run).get("loss")
     if losses:
         pictures.append(Picture("Loss on the server", curves_figure(losses, ylabel="loss", colours=colours)))

@@ -23,6 +23,7 @@ METRICS = {  # in the order of importance; the names are the reports' column hea
     "labels5_top1": "5 labels",
     "labels10_top1": "10 labels",
 }
+HEADLINE = ("linear_top1", "knn_top1", "labels1_top1")  # those with a picture; the others stand in the tables
 RAW_PIXELS = "raw_pixels"  # the control's name where a family's would stand
 
 # Settings that say where or when a run happened, not what was run: they never tell two runs apart.
