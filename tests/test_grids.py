@@ -1,11 +1,15 @@
 """The in-process grid, and the placement rules of the Ray grid (which need no Ray)."""
 
+import importlib
 import time
 from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -237,3 +241,12 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 def test_settings_check_themselves(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
+
+
+@pytest.mark.parametrize("name", ["ray", "in_process"])
+def test_every_setting_is_listed_in_its_yaml(name: str) -> None:
+    values = yaml.safe_load((Path(__file__).parent.parent / "conf" / "grid" / f"{name}.yaml").read_text())
+    module, _, class_name = values.pop("_target_").rpartition(".")
+    settings_class = getattr(importlib.import_module(module), class_name)
+    assert set(values) == {field.name for field in fields(settings_class)}
+    settings_class(**values)

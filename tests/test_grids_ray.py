@@ -145,8 +145,8 @@ def test_the_longest_known_client_starts_first(grid: RayGrid) -> None:
     wait_for_workers(grid)
     batch = messages(grid, [0, 1, 2], "sleep", seconds=0.05) + messages(grid, [3], "sleep", seconds=0.4)
     grid.send_and_receive(batch)
-    started = facts(grid.send_and_receive(batch), "started")
-    assert started.index(min(started)) == 3  # type: ignore[type-var]
+    started = [float(str(seconds)) for seconds in facts(grid.send_and_receive(batch), "started")]
+    assert started[3] in sorted(started)[:2]  # with the first on the other worker
 
 
 def test_large_records_are_broadcast_once_and_arrive_unharmed(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:

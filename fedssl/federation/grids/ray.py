@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,8 @@ class _Worker:
 
     def __init__(self, path: list[str], directory: str, num_partitions: int, threads: int, see_gpus: bool) -> None:
         sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
-        os.chdir(directory)
+        if Path(directory).is_dir():  # another machine of a cluster may not have it
+            os.chdir(directory)
         if not see_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         flower_compat.identify_process()
@@ -446,7 +448,7 @@ class RayGrid(LocalGrid):
             try:
                 value = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
-                raise error.cause from None  # loading failed, or a bug of ours: clients' own errors are replies
+                raise error.cause from error  # loading failed, or a bug of ours: clients' own errors are replies
             except self._ray.exceptions.RayError as error:
                 self._lost(number, error)
             else:
@@ -482,7 +484,11 @@ class RayGrid(LocalGrid):
         if not slot.loaded:
             self._failed_starts += 1
             if self._failed_starts > self._settings.max_retries * len(self._slots):
-                raise FedSSLError(f"workers die while they start, before any client runs: {reason}")
+                raise FedSSLError(
+                    f"workers die while they start, before any client runs: {reason} "
+                    "Their logs are in Ray's folder (/tmp/ray/session_latest/logs)."
+                )
+        self._ray.kill(slot.actor)  # it may only be out of reach
         self._slots[number] = self._start_worker()
         lost = [task for task in slot.tasks if task.wanted]
         if len(slot.tasks) == 1 and lost:
