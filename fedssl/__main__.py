@@ -20,13 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedssl.config import CONFIG_NAME, compose, conf_dir, message_of, resolve
+from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_of, resolve
 from fedssl.errors import ConfigError, FedSSLError
 
 OK, BUG, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 4, 130
 
 # What a resume may change without changing what the run means.
-RESUMABLE = ("grid", "device", "data.root", "federation.num_rounds")
+RESUMABLE = ("grid", "device", "data.root", "max_seconds", "federation.num_rounds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("RAY_USAGE_STATS_ENABLED", "FLWR_TELEMETRY_ENABLED"):
         os.environ.setdefault(name, "0")
     special = {key: _value(arguments, key) for key in ("resume", "replay.run", "replay.round", "replay.partition")}
-    if special["resume"] is not None:
-        return _report_errors(lambda: _resume(Path(special["resume"] or ""), arguments))
-    if any(special[key] is not None for key in ("replay.run", "replay.round", "replay.partition")):
+    for key, value in special.items():
+        if value == "":
+            print(f"error: {key}= names nothing; give it a value or leave it out", file=sys.stderr)
+            return BAD_INPUT
+    resumed = special.pop("resume")
+    if resumed is not None:
+        return _report_errors(lambda: _resume(Path(resumed), arguments))
+    if any(value is not None for value in special.values()):
         return _report_errors(lambda: _replay(special, arguments))
     return _compose_and_run(arguments)
 
 
 def _compose_and_run(arguments: list[str]) -> int:
     """Let Hydra compose one job or a sweep of them; the exit code is the largest of the jobs'."""
-    codes: list[int] = []
+    jobs: list[dict[str, Any]] = []
     finished: list[Path] = []
+    given = _value(arguments, "run_dir")
+    existed = given is not None and Path(given).is_dir()
 
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -60,13 +67,18 @@ def _compose_and_run(arguments: list[str]) -> int:
         assert isinstance(choices, dict)
         siblings = list(finished)
         code = _report_errors(lambda: _run(config, choices, run_dir, siblings))
-        codes.append(code)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        if code == BAD_INPUT and run_dir.is_dir() and not any(run_dir.iterdir()):
+        if code == BAD_INPUT and not existed and run_dir.is_dir() and not any(run_dir.iterdir()):
             run_dir.rmdir()  # Hydra made it
         if code == OK:
             finished.append(run_dir)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            overrides = list(hydra_config.overrides.task)
+            jobs.append({"job": hydra_config.job.num, "overrides": overrides, "exit_code": code})
+            _record_sweep(Path(hydra_config.sweep.dir), jobs)
+        else:
+            jobs.append({"exit_code": code})
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
 
     OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
     command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)
@@ -87,7 +99,9 @@ def _compose_and_run(arguments: list[str]) -> int:
         sys.argv = before
     if len(finished) > 1:
         _rewrite_reports(finished)
-    return max(codes, default=OK)
+    if _is_sweep(arguments) and jobs:
+        _print_sweep(jobs)
+    return max((job["exit_code"] for job in jobs), default=OK)
 
 
 def _run(config: DictConfig, choices: Mapping[Any, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
@@ -116,7 +130,7 @@ def _resume(run_dir: Path, arguments: Sequence[str]) -> int:
                 f"{override} would change what the run in {run_dir} means; a resume allows {', '.join(RESUMABLE)} "
                 f"(and grid.*). Everything else is read from {run_dir / 'config.yaml'}."
             )
-    changed = _apply(config, overrides)
+    changed = _apply({**config, "max_seconds": None}, overrides)  # the limit was for the sitting before
     _check_num_rounds(config, changed)
     summary_path = run_dir / "summary.json"
     if summary_path.exists():
@@ -186,6 +200,20 @@ def _rewrite_reports(runs: Sequence[Path]) -> None:
         write_run_report(run_dir, [sibling for sibling in runs if sibling != run_dir])
 
 
+def _record_sweep(sweep_dir: Path, jobs: Sequence[Mapping[str, Any]]) -> None:
+    """`sweep.json`: every job so far with its overrides and exit code, those too that left no run directory."""
+    from fedssl.tracking import write_json
+
+    write_json(sweep_dir / "sweep.json", {"jobs": list(jobs)})
+
+
+def _print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:
+    ended = [job for job in jobs if job["exit_code"] != OK]
+    print(f"\nsweep: {len(jobs) - len(ended)} of {len(jobs)} jobs completed", flush=True)
+    for job in ended:
+        print(f"  job {job['job']} ({' '.join(job['overrides'])}): exit code {job['exit_code']}", flush=True)
+
+
 def _print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
     print(
         f"\n{summary['strategy']} on {summary['data']}: {summary['status']} after {summary['rounds']} rounds, "
@@ -203,7 +231,7 @@ def _print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
 def _value(arguments: Sequence[str], key: str) -> str | None:
     """The value of the override `key=...`, or None; `null` counts as not given."""
     values = [argument.split("=", 1)[1] for argument in arguments if argument.lstrip("+").startswith(f"{key}=")]
-    return None if not values or values[-1] in ("null", "") else values[-1]
+    return None if not values or values[-1] == "null" else values[-1]
 
 
 def _is_sweep(arguments: Sequence[str]) -> bool:
@@ -213,10 +241,13 @@ def _is_sweep(arguments: Sequence[str]) -> bool:
 def _saved_config(run_dir: Path, key: str) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{key}={run_dir} is no run directory: it has no config.yaml")
-    config = yaml.safe_load(path.read_text())
+        raise ConfigError(f"{key}={run_dir} is no run directory: there is no {path}")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError):
+        config = None
     if not isinstance(config, dict) or "federation" not in config:
-        raise ConfigError(f"{path} is not the configuration of a run")
+        raise ConfigError(f"{path} is not the configuration of a run; {key}= names a directory that fedssl has made")
     return config
 
 
@@ -224,16 +255,20 @@ def _apply(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
     """`config` with the values that `overrides` name; a group choice (grid=in_process) replaces the group."""
     changed: dict[str, Any] = json.loads(json.dumps(config))
     for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override() or override.is_delete():
+            raise ConfigError(f"{override.input_line}: here an override gives one value, as in key=value")
         *path, last = override.key_or_group.split(".")
-        node = changed
+        node: Any = changed
         for part in path:
-            node = node[part]
+            node = node.get(part) if isinstance(node, dict) else None
         if override.key_or_group == "grid":
-            node[last] = compose([str(override.input_line)])["grid"]
-        elif last in node:
+            changed["grid"] = compose([str(override.input_line)])["grid"]
+        elif isinstance(node, dict) and last in node:
             node[last] = override.value()
         else:
-            raise ConfigError(f"{override.input_line}: there is no such key, {'.'.join(path)} has {', '.join(node)}")
+            known = f"; {'.'.join(path)} has {', '.join(node)}" if isinstance(node, dict) else ""
+            raise ConfigError(f"{override.input_line}: the run has no such key{known}")
+    check_values(changed)
     return changed
 
 

@@ -143,7 +143,7 @@ def check_values(config: Mapping[str, Any]) -> None:
         ConfigError: a value of another type, a target that cannot be imported, or no value at all.
     """
     _check_complete(config)
-    _check_node(config, "", TOP_LEVEL)
+    _check_node({"data": config["data"], **config}, "", TOP_LEVEL)  # its image_size is repeated in others
 
 
 def _check_complete(config: Mapping[Any, Any]) -> None:
@@ -226,7 +226,7 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no default: set {error.full_key}=..."
     if isinstance(error, OmegaConfBaseException) and error.msg and error.full_key:
-        return f"{error.full_key}: {error.msg}"
+        return f"{error.full_key}: {error.msg.splitlines()[0]}"
     text = str(error).strip()
     if cause is not None and str(cause) and str(cause) not in text:
         text += f"\n{cause}"
