@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; we print it
     for name in ("RAY_USAGE_STATS_ENABLED", "FLWR_TELEMETRY_ENABLED"):
         os.environ.setdefault(name, "0")
+    # Threads that wait for each other must not spin: on cores that others use too, a step takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     special = {key: _value(arguments, key) for key in ("resume", "replay.run", "replay.round", "replay.partition")}
     for key, value in special.items():
         if value == "":
@@ -80,7 +82,6 @@ def _compose_and_run(arguments: list[str]) -> int:
         if code == INTERRUPTED:
             raise KeyboardInterrupt
 
-    OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
     command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)
     before = sys.argv
     sys.argv = ["fedssl", *arguments]
@@ -112,8 +113,6 @@ def _run(config: DictConfig, choices: Mapping[Any, Any], run_dir: Path, siblings
             f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
         )
     resolved = resolve(config, choices)
-    for key in ("resume", "replay"):
-        del resolved[key]
     resolved["run_dir"] = str(run_dir)
     return _finish(simulation.run(resolved), run_dir, siblings)
 

@@ -8,6 +8,7 @@ import tempfile
 cache = tempfile.mkdtemp(prefix="fedssl-tests-")  # decoded images; processes that tests start share it
 atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["FEDSSL_CACHE"] = cache
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command sets it
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
 from jaxtyping import install_import_hook
