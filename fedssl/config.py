@@ -18,6 +18,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -25,6 +26,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from fedssl.errors import ConfigError
 
 CONFIG_NAME = "config"
+
+OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
 
 
 def conf_dir() -> Path:
@@ -52,6 +55,11 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
             config = hydra.compose(CONFIG_NAME, overrides, return_hydra_config=True)
             choices = OmegaConf.to_container(config.hydra.runtime.choices)
             assert isinstance(choices, dict)
+            if config.resume is not None or any(value is not None for value in config.replay.values()):
+                raise ConfigError("resume= and replay.*= are for the command fedssl, not for composing a new run")
+            if config.run_dir is None:
+                HydraConfig.instance().set_config(config)  # the default names time and strategy
+                config.run_dir = config.hydra.run.dir
             return resolve(config, choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(message_of(error)) from error
@@ -71,6 +79,8 @@ def resolve(config: DictConfig, choices: Mapping[Any, Any]) -> dict[str, Any]:
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     _check_complete(resolved)
+    for key in ("resume", "replay"):
+        del resolved[key]  # said to the command, no part of a run
     resolved["strategy"]["name"] = choices["strategy"]
     public, evaluate = resolved["public"], resolved["evaluate"]
     if "data" in public:
