@@ -280,12 +280,13 @@ def test_a_run_prints_its_figures_and_python_computes_the_same(command: Command,
 
 def test_clients_that_raise_end_the_run_with_code_3(command: Command, tmp_path: Path) -> None:
     (tmp_path / "quitters.py").write_text(
-        "class Quits:\n    def __call__(self, client, broadcast):\n        raise RuntimeError('the disk is full')\n"
+        "from strategies.fedavg import FedAvgClient\n\n"
+        "class Quits(FedAvgClient):\n    def __call__(self, client, broadcast):\n        raise OSError('disk full')\n"
     )
-    ended = command(*small("run_dir=run", "strategy.client={_target_: quitters.Quits}"))
+    ended = command(*small("run_dir=run", "strategy=fedavg", "strategy.client._target_=quitters.Quits"))
     assert ended.code == 3
     assert "partition 3" in ended.err
-    assert "the disk is full" in ended.err
+    assert "OSError: disk full" in ended.err
     assert "Traceback" not in ended.err
     assert "replay.run=run replay.round=1 replay.partition=0" in ended.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
@@ -471,9 +472,16 @@ def test_the_whole_run_is_printed_and_nothing_is_made(tmp_path: Path, arguments:
     assert (ended.returncode, ended.stderr) == (0, "")
     for key in ("num_clients: 6", "queue_size:", "temperature:", "local_epochs:", "families:"):
         assert key in ended.stdout
-    assert "${" not in ended.stdout
     assert "???" not in ended.stdout
+    if arguments != ["--help"]:  # which shows where a value comes from
+        assert "${" not in ended.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_ways_to_call_and_choices(tmp_path: Path) -> None:
+    ended = shell("--help", folder=tmp_path)
+    for words in ("fedssl -m key=a,b", "fedssl resume=DIR", "codec: dense, ", "0 completed, 2 bad input, 3 too few"):
+        assert words in ended.stdout
 
 
 def test_printing_the_configuration_imports_no_torch(tmp_path: Path) -> None:
