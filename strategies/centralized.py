@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedssl.federation.records import model_state, to_arrays, to_metrics
-from fedssl.federation.server import Server
+from fedssl.federation.server import Server, image_passes
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ class Centralized(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """No messages; count the images that the clients would have seen."""
+        """No messages; count the views of images that the clients would have trained on."""
         self.arrays = arrays
         cohort = self.server.sample_cohort(server_round, grid)
-        self.num_images = self.server.local.local_epochs * sum(member.num_images for member in cohort)
+        self.passes = 2 * self.server.local.local_epochs * sum(member.num_images for member in cohort)
         return []
 
     def aggregate_train(
@@ -39,11 +39,14 @@ class Centralized(Strategy):
         """Train the report family's model on the union."""
         family, images = self.server.report_family, self.server.private_union()
         batch_size = min(self.server.local.batch_size, len(images))
+        steps = 1
+        while image_passes(len(images), batch_size, steps) < self.passes:
+            steps += 1
         model = self.server.load(self.arrays, family)
         metrics = self.server.train(
             model,
             images,
-            steps=-(-self.num_images // batch_size),
+            steps=steps,
             batch_size=batch_size,
             purpose="centralised",
             round_num=server_round,

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedssl.distill import Distillation
 from fedssl.federation.records import model_state, to_arrays, to_metrics
-from fedssl.federation.server import Server
+from fedssl.federation.server import Server, image_passes
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,16 @@ class PublicOnly(Strategy):
     def effort(self) -> tuple[int, int]:
         """Optimiser steps and batch size of one round.
 
-        As many steps as the student takes, and a batch just large enough for its image passes (two views per image);
-        where that would exceed the public set, and for the clients' passes, more steps.
+        As many steps as the student takes, in the smallest batches that see as many images; where not even the whole
+        public set in every step does, and for the clients' passes, more steps.
         """
         n = len(self.server.public_set.images)
         steps, passes = self.distillation.num_steps(n), self.distillation.image_passes(n)
-        batch_size = min(n, _ceil(passes, 2 * steps))
-        return max(steps, _ceil(passes + self.client_passes, 2 * batch_size)), batch_size
+        enough = (size for size in range(2, n) if image_passes(n, size, steps) >= passes)
+        batch_size = next(enough, n)
+        while image_passes(n, batch_size, steps) < passes + self.client_passes:
+            steps += 1
+        return steps, batch_size
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -88,7 +91,3 @@ class PublicOnly(Strategy):
     def summary(self) -> None:
         """Log the effort that is matched."""
         log.info("Public-only: %s", "the server's and the clients' passes" if self.total else "the server's steps")
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)

@@ -27,6 +27,8 @@ from fedssl.federation.records import Upload
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy, load_client_app
 
+torch.set_num_threads(1)  # these networks are too small for two: threads would only wait for each other
+
 STRATEGIES = sorted(path.stem for path in (conf_dir() / "strategy").glob("*.yaml"))
 WITH_CLIENTS = [name for name in STRATEGIES if compose([f"strategy={name}"])["strategy"]["client"] is not None]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -104,6 +104,7 @@ def gather(
                 gathered.failures.append(Failure(partition=partition, kind="failed", reason=str(reply.error.reason)))
                 continue
             try:
+                _check_sender(reply, partition)
                 check(reply)
             except PayloadError as error:
                 gathered.failures.append(Failure(partition=partition, kind="refused", reason=str(error)))
@@ -125,6 +126,13 @@ def gather(
     gathered.failures.sort(key=lambda failure: failure.partition)
     gathered.replies = [usable[partition] for partition in sorted(usable)]
     return gathered
+
+
+def _check_sender(reply: Message, partition: int) -> None:
+    """Refuse an upload in another client's name; a reply without our header (a stock client half's) has no name."""
+    header = reply.content.config_records.get("header", ConfigRecord())
+    if (claimed := header.get("partition_id", partition)) != partition:
+        raise PayloadError(f"it says it is of partition {claimed!r}")
 
 
 class Rounds:
@@ -244,8 +252,7 @@ class Rounds:
 
     # --- its parts ---
     def _show_reply(self, partition: int, reply: Message) -> None:
-        loss = None if reply.has_error() else reply.content.metric_records["metrics"].get("loss")
-        self.progress.client_finished(partition, self.setup.family(partition), loss)  # type: ignore[arg-type]
+        self.progress.client_finished(partition, self.setup.family(partition), _loss(reply))
 
     def _name_failures(self, round_num: int, gathered: Gathered) -> None:
         self.tracker.row(
@@ -375,5 +382,8 @@ class Rounds:
 
 
 def _loss(reply: Message) -> float | None:
-    loss = reply.content.metric_records["metrics"].get("loss")
+    """The client's loss where it tells one; the reply may be anything."""
+    if reply.has_error():
+        return None
+    loss = reply.content.metric_records.get("metrics", MetricRecord()).get("loss")
     return float(loss) if isinstance(loss, int | float) else None

@@ -130,6 +130,17 @@ class Server:
         )
 
 
+def image_passes(num_images: int, batch_size: int, steps: int) -> int:
+    """Views that `fedssl.train.train` puts through the network in so many steps: two of each image it takes.
+
+    Not 2 * batch_size * steps: an epoch ends with a smaller batch, or leaves one image out.
+    """
+    full, rest = divmod(num_images, batch_size)
+    rest = rest if rest >= 2 else 0
+    epochs, more = divmod(steps, full + (rest > 0))
+    return 2 * (epochs * (full * batch_size + rest) + more * batch_size)
+
+
 def read_uploads(replies: Iterable[Message], check: Callable[[Message], Upload]) -> list[Upload]:
     """The usable uploads in partition order; what `check` refuses is named in a warning and left out.
 

@@ -1,0 +1,208 @@
+"""One batch of messages: replies in partition order, every missing one named, every byte counted."""
+
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+
+from fedssl.errors import FedSSLError, PayloadError
+from fedssl.federation.flower_compat import CLIENT_RAISED, error_reply, identify_process
+from fedssl.federation.grids.base import GridEvent, LocalGrid
+from fedssl.federation.grids.in_process import InProcessGrid
+from fedssl.federation.records import Header, Upload, num_bytes
+from fedssl.federation.roster import ask_roster
+from fedssl.federation.rounds import Failure, Rounds, gather
+
+
+class Scripted(LocalGrid):
+    """Answers in a given order; who is not in it never answers. Node ids have nothing to do with partitions."""
+
+    def __init__(self, order: Sequence[int], errors: Sequence[int] = (), one_by_one: bool = True) -> None:
+        super().__init__(6)
+        self.order, self.errors, self.one_by_one = list(order), errors, one_by_one
+        self.waiting: dict[str, Message] = {}
+        self.forgotten: list[str] = []
+        self.questions = 0
+
+    def partition(self, message: Message) -> int:
+        return 5 - list(self.get_node_ids()).index(message.metadata.dst_node_id)
+
+    def answer(self, message: Message) -> Message:
+        partition = self.partition(message)
+        if message.metadata.message_type == "query.info":
+            self.questions += 1
+            info = {"partition_id": partition, "family": "tiny", "num_images": 3, "trains": partition != 0}
+            return Message(RecordDict({"info": ConfigRecord(info)}), reply_to=message)
+        if partition in self.errors:
+            return error_reply(message, CLIENT_RAISED, f"ValueError: {partition} is unlucky")
+        return Message(upload(partition).to_content(), reply_to=message)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        self.forgotten += list(message_ids)
+
+    def close(self) -> None: ...
+
+    def _push(self, messages: Sequence[Message]) -> None:
+        self.waiting |= {message.metadata.message_id: message for message in messages}
+
+    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
+        ready: dict[str, Message] = {}
+        by_partition = {self.partition(self.waiting[i]): i for i in message_ids}
+        questions = self.waiting[message_ids[0]].metadata.message_type == "query.info"
+        for partition in list(by_partition) if questions else list(self.order):
+            if partition not in by_partition:
+                continue
+            message_id = by_partition[partition]
+            ready[message_id] = self.answer(self.waiting[message_id])
+            if not questions:
+                self.order.remove(partition)
+                if self.one_by_one:
+                    break
+        return ready
+
+
+def upload(partition: int) -> Upload:
+    header = Header(round_num=1, partition_id=partition, family="tiny", codec="none", public_fingerprint="f")
+    return Upload(header=header, arrays={"w": np.zeros(partition + 1)}, metrics={"loss": float(partition)})
+
+
+def messages(grid: Scripted, partitions: Sequence[int]) -> list[Message]:
+    """With contents of different sizes."""
+    nodes = {member.partition_id: member.node_id for member in ask_roster(grid).values()}
+    return [
+        Message(RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(10 * (p + 1)))})}), nodes[p], "train")
+        for p in partitions
+    ]
+
+
+def partitions_of(replies: Iterable[Message]) -> list[int]:
+    return [Upload.from_message(reply).header.partition_id for reply in replies]
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3, 5], [5, 3, 2, 1], [3, 5, 1, 2]])
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_replies_are_in_partition_order_whoever_was_first(order: list[int], one_by_one: bool) -> None:
+    grid = Scripted(order, one_by_one=one_by_one)
+    seen: list[int] = []
+    sent = messages(grid, [5, 2, 1, 3])
+    gathered = gather(
+        grid, sent, check=Upload.from_message, timeout=None, on_reply=lambda partition, _: seen.append(partition)
+    )
+    assert partitions_of(gathered.replies) == [1, 2, 3, 5]
+    assert seen == order
+    assert gathered.failures == []
+
+
+def test_failed_late_and_refused_are_named_and_nobody_else() -> None:
+    def check(reply: Message) -> None:
+        if Upload.from_message(reply).header.partition_id == 3:
+            raise PayloadError("its factors are NaN")
+
+    grid = Scripted([4, 3, 1, 2], errors=[2])
+    gathered = gather(grid, messages(grid, [5, 4, 3, 2, 1]), check=check, timeout=0.2)
+    assert partitions_of(gathered.replies) == [1, 4]
+    assert gathered.failures == [
+        Failure(partition=2, kind="failed", reason="ValueError: 2 is unlucky"),
+        Failure(partition=3, kind="refused", reason="its factors are NaN"),
+        Failure(partition=5, kind="late", reason="no reply within 0.2 s (federation.round_timeout)"),
+    ]
+    assert [gathered.count(kind) for kind in ("failed", "refused", "late")] == [1, 1, 1]
+    assert len(grid.forgotten) == 1  # the late one is not waited for any more
+
+
+def test_a_reply_in_somebody_elses_name_is_refused() -> None:
+    """Otherwise a client could be counted twice and another not at all."""
+
+    class Impostor(Scripted):
+        def answer(self, message: Message) -> Message:
+            if message.metadata.message_type == "query.info" or self.partition(message) != 4:
+                return super().answer(message)
+            return Message(upload(2).to_content(), reply_to=message)
+
+    grid = Impostor([2, 4])
+    gathered = gather(grid, messages(grid, [2, 4]), check=Upload.from_message, timeout=None)
+    assert partitions_of(gathered.replies) == [2]
+    assert gathered.failures == [Failure(partition=4, kind="refused", reason="it says it is of partition 2")]
+
+
+def test_dead_workers_are_named_by_the_clients_that_ran_again() -> None:
+    grid = Scripted([1, 2])
+    sent = messages(grid, [1, 2])
+    nodes = {member.partition_id: member.node_id for member in ask_roster(grid).values()}
+    grid._events.append(GridEvent(kind="worker_died", node_ids=(nodes[2], nodes[1]), reason="killed by signal 9"))
+    gathered = gather(grid, sent, check=Upload.from_message, timeout=None)
+    assert partitions_of(gathered.replies) == [1, 2]
+    assert gathered.failures == [
+        Failure(partition=partition, kind="worker_died", reason="killed by signal 9") for partition in (1, 2)
+    ]
+
+
+def test_bytes_of_all_messages_and_of_all_replies_that_came() -> None:
+    """Refused uploads were sent all the same; an error and a late one were not."""
+
+    def refuse(reply: Message) -> None:
+        raise PayloadError("no")
+
+    grid = Scripted([1, 2, 3], errors=[2])
+    sent = messages(grid, [1, 2, 3, 4])
+    gathered = gather(grid, sent, check=refuse, timeout=0.1)
+    assert gathered.downlink_bytes == sum(len("arrays") + len("w") + 128 + 80 * (p + 1) for p in (1, 2, 3, 4))
+    replies = [Message(upload(p).to_content(), 1, "train") for p in (1, 3)]
+    assert gathered.uplink_bytes == sum(map(num_bytes, replies))
+    assert gathered.uplink_bytes > 0
+
+
+def test_no_messages_need_no_roster() -> None:
+    grid = Scripted([])
+    assert gather(grid, [], check=Upload.from_message, timeout=None).replies == []
+    assert grid.questions == 0
+
+
+# --- who is there ---
+def test_everybody_is_asked_once() -> None:
+    grid = Scripted([])
+    roster = ask_roster(grid)
+    assert list(roster) == [0, 1, 2, 3, 4, 5]
+    assert [member.node_id for member in roster.values()] == sorted(grid.get_node_ids(), reverse=True)
+    assert [member.trains for member in roster.values()] == [False] + [True] * 5
+    assert ask_roster(grid) is roster
+    assert grid.questions == 6
+    assert ask_roster(Scripted([])) is not roster
+
+
+def _app(answer: Any) -> InProcessGrid:
+    def app(message: Message, context: Context) -> Message:
+        info = answer(int(context.node_config["partition-id"]))
+        return Message(RecordDict({"info": ConfigRecord(info)}), reply_to=message)
+
+    return InProcessGrid(app, num_clients=3, threads=1)
+
+
+def test_two_nodes_of_one_partition_are_refused() -> None:
+    grid = _app(lambda partition: {"partition_id": 1, "family": "tiny", "num_images": 1, "trains": True})
+    with pytest.raises(FedSSLError, match="two nodes claim the same partition"):
+        ask_roster(grid)
+
+
+def test_a_node_that_cannot_say_who_it_is_ends_the_run() -> None:
+    def answer(partition: int) -> Any:
+        raise OSError("no such data set")
+
+    with pytest.raises(FedSSLError, match="a node could not say who it is: OSError: no such data set"):
+        ask_roster(_app(answer))
+
+
+# --- what the loop makes of it ---
+def test_a_reply_that_is_no_upload_does_not_stop_the_display() -> None:
+    """It is shown before it is checked."""
+    shown: list[Any] = []
+    loop = object.__new__(Rounds)
+    loop.progress = SimpleNamespace(client_finished=lambda *args: shown.append(args))  # type: ignore[assignment]
+    loop.setup = SimpleNamespace(family=lambda partition: "tiny")  # type: ignore[assignment]
+    identify_process()
+    for records in ({}, {"metrics": ConfigRecord()}, {"metrics": MetricRecord({"loss": [1.0]})}):
+        loop._show_reply(1, Message(RecordDict(records), 1, "train"))
+    assert shown == [(1, "tiny", None)] * 3
