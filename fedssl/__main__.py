@@ -3,6 +3,7 @@
 Exit codes: 0 completed; 2 bad input; 3 too few replies; 4 stopped by max_seconds; 1 a bug; 130 interrupted.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_of, resolve
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_errors(lambda: _resume(Path(resumed), arguments))
     if any(value is not None for value in special.values()):
         return _report_errors(lambda: _replay(special, arguments))
+    options, overrides = _printing(arguments)
+    if options.cfg == "job" and options.resolve and not any(override.startswith("-") for override in overrides):
+        return _report_errors(lambda: _print_config(overrides, options.config_dir))
     return _compose_and_run(arguments)
 
 
@@ -65,10 +69,8 @@ def _compose_and_run(arguments: list[str]) -> int:
             print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
         elif not Path(hydra_config.run.dir).is_absolute():
             run_dir = Path(hydra_config.run.dir)  # as the user wrote it
-        choices = OmegaConf.to_container(hydra_config.runtime.choices)
-        assert isinstance(choices, dict)
         siblings = list(finished)
-        code = _report_errors(lambda: _run(config, choices, run_dir, siblings))
+        code = _report_errors(lambda: _run(resolve(config, hydra_config), run_dir, siblings))
         if code == BAD_INPUT and not existed and run_dir.is_dir() and not any(run_dir.iterdir()):
             run_dir.rmdir()  # Hydra made it
         if code == OK:
@@ -105,16 +107,14 @@ def _compose_and_run(arguments: list[str]) -> int:
     return max((job["exit_code"] for job in jobs), default=OK)
 
 
-def _run(config: DictConfig, choices: Mapping[Any, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
+def _run(config: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
     from fedssl.federation import simulation  # torch, Flower: not for --help
 
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(
             f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
         )
-    resolved = resolve(config, choices)
-    resolved["run_dir"] = str(run_dir)
-    return _finish(simulation.run(resolved), run_dir, siblings)
+    return _finish(simulation.run({**config, "run_dir": str(run_dir)}), run_dir, siblings)
 
 
 def _resume(run_dir: Path, arguments: Sequence[str]) -> int:
@@ -161,6 +161,12 @@ def _replay(special: Mapping[str, str | None], arguments: Sequence[str]) -> int:
     config = _apply(_saved_config(run_dir, "replay.run"), others)
     metrics = simulation.replay(config, run_dir, round_num=round_num, partition_id=partition_id)
     print(json.dumps({"round": round_num, "partition": partition_id, "metrics": metrics}, indent=2))
+    return OK
+
+
+def _print_config(overrides: Sequence[str], config_dir: Path | None) -> int:
+    """What `config.yaml` of the run would hold; Hydra's own print lacks what `resolve` puts in."""
+    print(yaml.safe_dump(compose(overrides, config_dir=config_dir), sort_keys=False, allow_unicode=True), end="")
     return OK
 
 
@@ -231,6 +237,15 @@ def _value(arguments: Sequence[str], key: str) -> str | None:
     """The value of the override `key=...`, or None; `null` counts as not given."""
     values = [argument.split("=", 1)[1] for argument in arguments if argument.lstrip("+").startswith(f"{key}=")]
     return None if not values or values[-1] == "null" else values[-1]
+
+
+def _printing(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's options for printing a configuration, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg", "-c")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    return parser.parse_known_args(arguments)
 
 
 def _is_sweep(arguments: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -53,32 +54,37 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = hydra.compose(CONFIG_NAME, overrides, return_hydra_config=True)
-            choices = OmegaConf.to_container(config.hydra.runtime.choices)
-            assert isinstance(choices, dict)
             if config.resume is not None or any(value is not None for value in config.replay.values()):
                 raise ConfigError("resume= and replay.*= are for the command fedssl, not for composing a new run")
             if config.run_dir is None:
                 HydraConfig.instance().set_config(config)  # the default names time and strategy
                 config.run_dir = config.hydra.run.dir
-            return resolve(config, choices)
+            return resolve(config, config.hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(message_of(error)) from error
 
 
-def resolve(config: DictConfig, choices: Mapping[Any, Any]) -> dict[str, Any]:
+def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[str, Any]:
     """Resolve every interpolation and put in what only the composition knows.
 
     That is the strategy's name (the chosen YAML's), and the sources that `public.data` and `evaluate.data` name
-    (files of conf/data).
+    (files of conf/data). A preset's values for a group do not outlive the group: `experiment=... partition=iid` has
+    nothing of the preset's partition.
 
     Args:
         config: composed, inside an initialised Hydra.
-        choices: Hydra's group choices.
+        hydra_config: Hydra's own node, with choices and overrides.
+
+    Raises:
+        ConfigError: a group is missing, or a source does not exist.
     """
+    choices = {str(group): choice for group, choice in hydra_config.runtime.choices.items()}
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    _check_complete(config)
+    if choices.get("experiment") is not None:
+        _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task))
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    _check_complete(resolved)
     for key in ("resume", "replay"):
         del resolved[key]  # said to the command, no part of a run
     resolved["strategy"]["name"] = choices["strategy"]
@@ -89,6 +95,17 @@ def resolve(config: DictConfig, choices: Mapping[Any, Any]) -> dict[str, Any]:
         image_size = resolved["data"]["image_size"]
         evaluate["source"] = _named_source("evaluate", evaluate["data"], evaluate["root"], image_size)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _let_chosen_groups_win(config: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Replace every group of which the preset had chosen another file by what it is without the preset."""
+    preset = hydra.compose(CONFIG_NAME, [f"experiment={choices['experiment']}"], return_hydra_config=True)
+    chosen = [group for group in GROUPS if choices[group] != preset.hydra.runtime.choices[group]]
+    values = [override for override in overrides if override.split("=")[0] not in (*choices, "experiment")]
+    files = [f"{group}={choices[group]}" for group in GROUPS]
+    plain = hydra.compose(CONFIG_NAME, [*files, *values])
+    for group in chosen:
+        config[group] = plain[group]
 
 
 def _named_source(group: str, name: str, root: str | None, image_size: int) -> dict[str, Any]:

@@ -493,12 +493,21 @@ def test_printing_the_configuration_imports_no_torch(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_what_is_printed_is_what_is_run(tmp_path: Path) -> None:
-    ended = shell("--cfg", "job", "--resolve", *small("strategy=fedavg", "run_dir=x"), folder=tmp_path)
-    printed = yaml.safe_load(ended.stdout)
-    composed = compose(small("strategy=fedavg", "run_dir=x"))
-    assert composed["strategy"].pop("name") == "fedavg"
-    assert {key: printed[key] for key in composed} == composed
+def test_what_is_printed_is_what_is_run(command: Command) -> None:
+    """Even where a preset's partition is replaced: its alpha goes with it."""
+    overrides = ["experiment=cifar10_small", "partition=iid", "run_dir=x"]
+    ended = command("--cfg", "job", "--resolve", *overrides)
+    assert ended.code == 0
+    printed = yaml.safe_load(ended.out)
+    assert printed == compose(overrides)
+    assert printed["partition"] == {"_target_": "fedssl.data.partition.IID"}
+
+
+def test_printing_a_wrong_configuration_is_bad_input(command: Command) -> None:
+    ended = command("--cfg", "job", "--resolve", "federation.num_round=3")
+    assert ended.code == 2
+    assert ended.err.startswith("error: there is no key federation.num_round.")
+    assert ended.out == ""
 
 
 def test_what_is_not_built_is_absent(command: Command) -> None:
