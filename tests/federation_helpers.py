@@ -149,11 +149,16 @@ class CountsThreads:
         upload: Upload = self.inner(client, broadcast)
         return dataclasses.replace(upload, metrics={**upload.metrics, "threads": torch.get_num_threads()})
 
+    def evaluate(self, client: Client, broadcast: Broadcast) -> dict[str, float]:
+        metrics: dict[str, float] = self.inner.evaluate(client, broadcast)
+        return metrics
+
 
 # --- making a run -------------------------------------------------------------------------------------------------
 @lru_cache
 def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
-    return compose([*SMALL, *overrides])
+    sized = "public=client_shard" not in overrides  # a shard has the size it has
+    return compose([*(o for o in SMALL if sized or not o.startswith("public.size=")), *overrides])
 
 
 def small(run_dir: Path | None = None, *overrides: str) -> dict[str, Any]:

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedssl.config import instantiate
-from fedssl.errors import ConfigError, TooFewRepliesError
+from fedssl.errors import ConfigError
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client_app import make_client_app
-from fedssl.federation.grids.in_process import InProcess
+from fedssl.federation.grids.in_process import InProcess, torch_threads
 from fedssl.federation.records import family_state, load_state
 from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
-from fedssl.tracking import Progress, Tracker, manifest, write_json
+from fedssl.tracking import Progress, Tracker, manifest, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     setup.check()
     strategy = build_strategy(setup)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     setup.data.save(run_dir / "partition.npz")
     write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
     return _simulate(setup, strategy, run_dir)
@@ -77,7 +77,7 @@ def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         write_json(manifest_path, manifest(config, data=_digests(setup)))
     if not (run_dir / "partition.npz").exists():
         setup.data.save(run_dir / "partition.npz")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     return _simulate(setup, strategy, run_dir)
 
 
@@ -94,11 +94,12 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
     setup = Setup(config, run_dir)
     setup.check()
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
-    if round_num - 1 not in checkpoints.rounds():
+    replayable = [r + 1 for r in checkpoints.rounds() if r < setup.federation.num_rounds]
+    if round_num not in replayable:
         raise ConfigError(
-            f"replay.round={round_num} starts from the state after round {round_num - 1}, which is not kept; "
-            f"rounds that can be replayed: {[r + 1 for r in checkpoints.rounds()]}. Kept are the last "
-            f"federation.keep_checkpoints={setup.federation.keep_checkpoints} and the bases of rounds with failures."
+            f"replay.round={round_num} would start from the state after round {round_num - 1}, which is not kept; "
+            f"rounds that can be replayed: {replayable}. Kept are the last federation.keep_checkpoints="
+            f"{setup.federation.keep_checkpoints} states and the bases of rounds with failures."
         )
     arrays, strategy_state, _ = checkpoints.load(round_num - 1)
     strategy = build_strategy(setup)
@@ -117,7 +118,8 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
         node_id = cohort[partition_id].node_id
         node_config: UserConfig = {"partition-id": partition_id, "num-partitions": setup.federation.num_clients}
         context = Context(run_id=1, node_id=node_id, node_config=node_config, state=RecordDict(), run_config={})
-        reply = app(by_node[node_id], context)
+        with torch_threads(setup.local.threads):  # part of the result
+            reply = app(by_node[node_id], context)
     return {name: float(v) for name, v in reply.content.metric_records["metrics"].items() if isinstance(v, int | float)}
 
 
@@ -205,7 +207,7 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]
         state = state or loop.initialise(setup.server().initial_arrays(), started)
         try:
             state, status = loop.run(state, deadline=deadline)
-        except TooFewRepliesError:
+        except Exception:
             newest = checkpoints.load(checkpoints.rounds()[-1])
             _finish(setup, run_dir, State(arrays=newest[0], progressed=newest[2]), "failed")
             raise

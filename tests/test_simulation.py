@@ -1,0 +1,393 @@
+"""A run from its configuration to its directory: what it leaves, how it fails, resumes and is replayed."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fedssl
+from fedssl.data.federated import FederatedData
+from fedssl.errors import ConfigError, DataError, TooFewRepliesError
+from fedssl.evaluate import Evaluator
+from fedssl.federation import rounds, simulation
+from fedssl.federation.checkpoint import Checkpoints
+from fedssl.federation.setup import Setup
+from tests.federation_helpers import (
+    FAMILIES,
+    ON_RAY,
+    assert_same,
+    final_arrays,
+    rows,
+    sabotaged,
+    small,
+    tree_hash,
+    without_clock,
+)
+
+FLESD = ("strategy=flesd",)
+
+
+@pytest.fixture(scope="module")
+def flesd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a completed FLESD run of two rounds, in this process."""
+    run_dir = tmp_path_factory.mktemp("runs") / "flesd"
+    fedssl.run(small(run_dir, *FLESD))
+    return run_dir
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return summary
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, rows and summary are equal, whatever happened on the way."""
+    assert_same(final_arrays(a), final_arrays(b))
+    assert [row for row in rows(a) if row["scope"] != "round"] == [row for row in rows(b) if row["scope"] != "round"]
+    assert without_clock(summary_of(a)) == without_clock(summary_of(b))
+
+
+# --- the run directory ---
+def test_the_run_directory_holds_what_the_interface_names(flesd: Path) -> None:
+    names = {path.name for path in flesd.iterdir()}
+    assert names == {
+        "config.yaml", "manifest.json", "partition.npz", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints",
+        "models",
+    }  # fmt: skip
+    assert sorted(path.name for path in (flesd / "models").iterdir()) == sorted(f"{f}.safetensors" for f in FAMILIES)
+    assert sorted(path.name for path in (flesd / "checkpoints").iterdir()) == ["00001", "00002"]
+    config = yaml.safe_load((flesd / "config.yaml").read_text())
+    assert config == small(flesd, *FLESD)
+    manifest = json.loads((flesd / "manifest.json").read_text())
+    assert set(manifest["data"]) == {"digits/train", "digits/test", "public set"}
+    assert manifest["seed"] == 0
+
+
+def test_the_saved_partition_is_the_one_that_was_used(flesd: Path) -> None:
+    setup = Setup(small(None, *FLESD))
+    saved = FederatedData.load(flesd / "partition.npz", setup.train)
+    for ours, theirs in zip(saved.partitions, setup.data.partitions, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert Setup(small(None, *FLESD), flesd).public_set.fingerprint == setup.public_set.fingerprint
+
+
+def test_rows_and_summary_tell_the_same_story(flesd: Path) -> None:
+    summary, server, clients = summary_of(flesd), rows(flesd, "server"), rows(flesd, "client")
+    assert (summary["status"], summary["rounds"], summary["strategy"]) == ("completed", 2, "flesd")
+    assert [row["round"] for row in server] == [1, 2]
+    assert [(row["round"], row["partition"]) for row in clients] == [(r, p) for r in (1, 2) for p in range(4)]
+    assert [row["family"] for row in clients[:4]] == ["conv4_4", "conv4_2", "tiny", "conv4_4"]
+    evals = {(row["round"], row["family"]): row["metrics"] for row in rows(flesd, "eval")}
+    assert set(evals) == {(0, "raw_pixels")} | {(r, family) for r in (0, 1, 2) for family in FAMILIES}
+    for family, num_clients in zip(FAMILIES, (2, 1, 1), strict=True):
+        assert summary["families"][family] == {**evals[2, family], "num_clients": num_clients}
+    assert summary["report_family"] == "conv4_4"
+    assert {name: summary[name] for name in evals[2, "conv4_4"]} == evals[2, "conv4_4"]
+    for name in ("uplink_bytes", "downlink_bytes"):
+        assert summary[name] == sum(row["metrics"][name] for row in server) > 0
+    assert summary["uplink_bytes"] == sum(row["metrics"]["uplink_bytes"] for row in clients)
+    assert [row["metrics"]["failures"] for row in rows(flesd, "round")] == [[], []]
+    assert [row["metrics"]["num_ok"] for row in rows(flesd, "round")] == [4, 4]
+    seconds = [json.loads(line) for line in (flesd / "metrics.jsonl").read_text().splitlines()]
+    phases = next(row["metrics"] for row in seconds if row["scope"] == "server")
+    parts = sum(phases[f"seconds_{phase}"] for phase in ("clients", "aggregation", "evaluation"))
+    assert 0 < parts <= phases["seconds"] <= summary["wall_seconds"]
+
+
+def test_the_encoders_that_a_run_leaves_are_those_it_evaluated(flesd: Path) -> None:
+    setup = Setup(small(None, *FLESD))
+    evaluator: Evaluator = setup.evaluator
+    for family in FAMILIES:
+        encoder = fedssl.load_encoder(flesd, family)
+        assert not encoder.training
+        assert evaluator(encoder) == {k: v for k, v in summary_of(flesd)["families"][family].items() if k[:3] != "num"}
+        saved = load_file(flesd / "models" / f"{family}.safetensors")
+        assert {name: value.numpy().shape for name, value in saved.items()} == {
+            name.removeprefix(f"{family}/"): array.shape
+            for name, array in final_arrays(flesd).items()
+            if name.startswith(f"{family}/")
+        }
+    assert type(fedssl.load_encoder(flesd)).__name__ == "Conv4"  # the report family's
+    with pytest.raises(ConfigError, match=r"no global model of 'resnet18'; it has \['conv4_2', 'conv4_4', 'tiny'\]"):
+        fedssl.load_encoder(flesd, "resnet18")
+
+
+# --- failures ---
+def test_a_client_that_raises_is_named_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = sabotaged(small(tmp_path / "run", *FLESD), "raise", round_num=1, partitions=[2])
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fedssl").addHandler(handler)
+    try:
+        summary = fedssl.run(config)
+    finally:
+        logging.getLogger("fedssl").removeHandler(handler)
+    assert summary["status"] == "completed"
+    first, second = (row["metrics"] for row in rows(tmp_path / "run", "round"))
+    assert (first["num_ok"], first["num_failed"], second["num_ok"]) == (3, 1, 4)
+    (failure,) = first["failures"]
+    assert (failure["partition"], failure["kind"]) == (2, "failed")
+    assert failure["reason"] == "ClientError: during local training: RuntimeError: the disk is full"
+    assert [row["partition"] for row in rows(tmp_path / "run", "client")] == [0, 1, 3, 0, 1, 2, 3]
+    (warning,) = (text for text in warnings if "disk" in text)
+    replay = f"fedssl replay.run={tmp_path / 'run'} replay.round=1 replay.partition=2"
+    assert warning == (
+        f"client failed in round 1, partition 2: {failure['reason']}\nReplay it in this process: {replay}"
+    )
+    with pytest.raises(RuntimeError, match="the disk is full"):  # the bare exception, with its own traceback
+        simulation.replay(config, tmp_path / "run", round_num=1, partition_id=2)
+
+
+def test_an_upload_that_lies_is_refused_by_name(tmp_path: Path) -> None:
+    fedssl.run(sabotaged(small(tmp_path / "run", *FLESD), "wrong public set", round_num=2, partitions=[1]))
+    second = rows(tmp_path / "run", "round")[1]["metrics"]
+    assert (second["num_ok"], second["num_refused"]) == (3, 1)
+    (failure,) = second["failures"]
+    assert (failure["partition"], failure["kind"]) == (1, "refused")
+    assert "its public set (000000000000) is not the server's" in failure["reason"]
+
+
+def test_too_few_replies_end_the_run_which_can_be_resumed(flesd: Path, tmp_path: Path) -> None:
+    """Once the cause is gone, the run ends as if it had never been."""
+    run_dir = tmp_path / "run"
+    config = sabotaged(small(run_dir, *FLESD), "raise", round_num=2, partitions=[0, 1, 3])
+    with pytest.raises(TooFewRepliesError, match=r"round 2 has 1 usable replies of 4, .*asks for 2") as caught:
+        fedssl.run(config)
+    assert caught.value.exit_code == 3
+    assert "  partition 3: failed: ClientError: during local training: RuntimeError" in str(caught.value)
+    assert (summary_of(run_dir)["status"], summary_of(run_dir)["rounds"]) == ("failed", 1)
+    assert Checkpoints(run_dir / "checkpoints", keep=2).rounds() == [0, 1]
+    assert rows(run_dir, "round")[1]["metrics"]["num_failed"] == 3
+    assert not (run_dir / "models").exists()
+    simulation.resume(small(run_dir, *FLESD), run_dir)
+    assert_same_run(run_dir, flesd)
+    assert [row["metrics"]["num_failed"] for row in rows(run_dir, "round")] == [0, 0]
+
+
+@pytest.mark.parametrize(("min_replies", "completes"), [(0, True), (1, True), (2, False)])
+def test_min_replies_is_the_limit(min_replies: int, completes: bool, tmp_path: Path) -> None:
+    overrides = (*FLESD, f"federation.min_replies={min_replies}", "federation.num_rounds=1", "evaluate.every=9")
+    config = sabotaged(small(tmp_path / "run", *overrides), "nan", round_num=1, partitions=[0, 1, 2])
+    if completes:
+        assert fedssl.run(config)["status"] == "completed"
+    else:
+        with pytest.raises(TooFewRepliesError, match="asks for 2"):
+            fedssl.run(config)
+
+
+def test_the_bases_of_failed_rounds_are_kept_for_replay(tmp_path: Path) -> None:
+    overrides = (*FLESD, "federation.num_rounds=5", "federation.keep_checkpoints=1", "evaluate.every=9")
+    fedssl.run(sabotaged(small(tmp_path / "run", *overrides), "raise", round_num=2, partitions=[0]))
+    assert Checkpoints(tmp_path / "run" / "checkpoints", keep=1).rounds() == [1, 5]
+
+
+def test_a_failure_of_the_server_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise fedssl.errors.FedSSLError("the distillation loss became nan at step 3")
+
+    monkeypatch.setattr("strategies.flesd.distill", diverge)
+    with pytest.raises(fedssl.errors.FedSSLError, match="became nan"):
+        fedssl.run(small(tmp_path / "run", *FLESD))
+    assert (summary_of(tmp_path / "run")["status"], summary_of(tmp_path / "run")["rounds"]) == ("failed", 0)
+
+
+# --- kill and resume ---
+KILLED = """
+import json, os, signal, sys
+import torch
+from pathlib import Path
+torch.set_num_threads(1)
+from fedssl.federation import simulation, rounds
+
+config = json.loads(Path(sys.argv[1]).read_text())
+if sys.argv[2] == "after the checkpoint":  # and before the server's row, which belongs to it
+    save = rounds.Checkpoints.save
+    def save_and_die(self, arrays, state, progressed):
+        save(self, arrays, state, progressed)
+        if progressed.round_num == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    rounds.Checkpoints.save = save_and_die
+if sys.argv[2] == "before the first checkpoint":
+    rounds.Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "after the last row":
+    rounds.ClientStore.prune = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if rows() == 2 else None
+    rows = lambda: (Path(config["run_dir"]) / "metrics.jsonl").read_text().count('"scope": "server"')
+simulation.run(config)
+"""
+
+
+@pytest.mark.parametrize(
+    "when", ["during round 2", "after the checkpoint", "after the last row", "before the first checkpoint"]
+)
+def test_kill_9_and_resume_equals_a_run_that_was_left_alone(when: str, flesd: Path, tmp_path: Path) -> None:
+    """In round 2 the client of partition 2 kills the whole process."""
+    run_dir = tmp_path / "run"
+    config = small(run_dir, *FLESD)
+    if when == "during round 2":
+        config = sabotaged(config, "kill", round_num=2, partitions=[2], marker=str(tmp_path / "killed"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), when]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    before = Checkpoints(run_dir / "checkpoints", keep=2).rounds()
+    assert before == {"during round 2": [0, 1], "before the first checkpoint": []}.get(when, before)
+    simulation.resume(config, run_dir)
+    assert_same_run(run_dir, flesd)
+    assert [row["round"] for row in rows(run_dir, "server")] == [1, 2]
+    assert rows(run_dir) == rows(flesd)
+    assert not list(run_dir.rglob("*partial*"))
+
+
+def test_max_seconds_stops_before_a_round_and_resume_goes_on(
+    flesd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", *FLESD, "max_seconds=1000")
+    one_round = rounds.Rounds.one_round
+
+    def slow(self: rounds.Rounds, state: rounds.State, round_num: int) -> rounds.State:
+        state = one_round(self, state, round_num)
+        if round_num == 1:
+            now = rounds.time.monotonic
+            monkeypatch.setattr(rounds.time, "monotonic", lambda: now() + 2000)
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.Rounds, "one_round", slow)
+        summary = fedssl.run(config)
+    assert (summary["status"], summary["rounds"]) == ("stopped", 1)
+    assert not (tmp_path / "run" / "models").exists()
+    monkeypatch.undo()
+    simulation.resume(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", flesd)
+
+
+def test_a_longer_run_is_the_shorter_one_gone_on(flesd: Path, tmp_path: Path) -> None:
+    one = small(tmp_path / "run", *FLESD, "federation.num_rounds=1")
+    assert fedssl.run(one)["rounds"] == 1
+    simulation.resume(small(tmp_path / "run", *FLESD), tmp_path / "run")
+    assert_same_run(tmp_path / "run", flesd)
+
+
+def test_a_run_with_other_images_is_not_resumed(tmp_path: Path) -> None:
+    fedssl.run(small(tmp_path / "run", *FLESD, "federation.num_rounds=1", "evaluate.every=9"))
+    with pytest.raises(DataError, match="partitions other images"):
+        simulation.resume(small(tmp_path / "run", *FLESD, "data.num_images=139"), tmp_path / "run")
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"digits/test": "', '"digits/test": "0'))
+    with pytest.raises(ConfigError, match=r"not those that .* began with"):
+        simulation.resume(small(tmp_path / "run", *FLESD), tmp_path / "run")
+
+
+# --- replay ---
+@pytest.mark.parametrize("strategy", ["flesd", "local_only"])
+def test_a_replay_is_the_round_itself_and_leaves_no_trace(strategy: str, tmp_path: Path) -> None:
+    """`local_only` needs the memory of the round's base, not the newest."""
+    config = small(tmp_path / "run", f"strategy={strategy}", "evaluate.every=9", "federation.keep_checkpoints=3")
+    inner = config["strategy"]["client"]
+    config["strategy"]["client"] = {"_target_": "tests.federation_helpers.CountsThreads", "inner": inner}
+    fedssl.run(config)
+    before = tree_hash(tmp_path / "run")
+    written = {(row["round"], row["partition"]): row["metrics"] for row in rows(tmp_path / "run", "client")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for round_num, partition in ((1, 0), (2, 3), (2, 2)):
+            metrics = simulation.replay(config, tmp_path / "run", round_num=round_num, partition_id=partition)
+            expected = written[round_num, partition]
+            assert without_clock(metrics) == {name: expected[name] for name in metrics if "seconds" not in name}
+            assert metrics["loss"] > 0
+            assert metrics["threads"] == 1  # client.threads, not this process's
+    finally:
+        torch.set_num_threads(threads)
+    assert tree_hash(tmp_path / "run") == before
+
+
+def test_what_cannot_be_replayed(flesd: Path, tmp_path: Path) -> None:
+    before = tree_hash(flesd)
+    with pytest.raises(ConfigError, match=r"replay\.round=1 would start from the state after round 0, which is not"):
+        simulation.replay(small(flesd, *FLESD), flesd, round_num=1, partition_id=0)
+    for beyond in (0, 3, 7):  # the state after round 2 is there, but the run has no round 3
+        with pytest.raises(ConfigError, match=r"rounds that can be replayed: \[2\]"):
+            simulation.replay(small(flesd, *FLESD), flesd, round_num=beyond, partition_id=0)
+    with pytest.raises(ConfigError, match=r"partition=4 was not asked in round 2; asked were \[0, 1, 2, 3\]"):
+        simulation.replay(small(flesd, *FLESD), flesd, round_num=2, partition_id=4)
+    assert tree_hash(flesd) == before
+
+
+# --- public sets ---
+def test_a_clients_shard_as_public_set(tmp_path: Path) -> None:
+    """Partition 0 counts among the four and never trains."""
+    config = small(tmp_path / "run", *FLESD, "public=client_shard")
+    summary = fedssl.run(config)
+    assert {row["partition"] for row in rows(tmp_path / "run", "client")} == {1, 2, 3}
+    assert [row["metrics"]["num_ok"] for row in rows(tmp_path / "run", "round")] == [3, 3]
+    assert [summary["families"][family]["num_clients"] for family in FAMILIES] == [1, 1, 1]
+    setup = Setup(config, tmp_path / "run")
+    assert len(setup.data.partitions) == 4
+    assert set(setup.public_set.images.indices) == set(setup.train.indices[setup.data.partitions[0]])
+    with pytest.raises(ConfigError, match="only 3 clients train"):
+        Setup(small(None, *FLESD, "public=client_shard", "federation.cohort_size=4")).check()
+
+
+def test_another_data_set_as_public_set(tmp_path: Path) -> None:
+    overrides = (*FLESD, "public=dataset", "public.data=digits", "public.image_size=16")
+    config = small(tmp_path / "run", *overrides)
+    summary = fedssl.run(config)
+    assert summary["status"] == "completed"
+    assert sum(row["metrics"]["num-examples"] for row in rows(tmp_path / "run", "client") if row["round"] == 1) == 140
+    resumed = {**config, "federation": {**config["federation"], "num_rounds": 3}}
+    assert simulation.resume(resumed, tmp_path / "run")["rounds"] == 3
+
+
+# --- Ray ---
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the garbage collector
+def test_ray_equals_in_process_bit_for_bit(flesd: Path, tmp_path: Path) -> None:
+    """Weights, every metric and every byte in both directions."""
+    fedssl.run(small(tmp_path / "run", *FLESD, *ON_RAY))
+    assert_same_run(tmp_path / "run", flesd)
+    assert rows(tmp_path / "run") == rows(flesd)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_kill_9_of_a_worker_costs_nothing_but_time(flesd: Path, tmp_path: Path) -> None:
+    """Named with its partition, run again, and the sum is the same."""
+    config = small(tmp_path / "run", *FLESD, *ON_RAY)
+    fedssl.run(sabotaged(config, "kill", round_num=2, partitions=[1], marker=str(tmp_path / "killed")))
+    assert (tmp_path / "killed").exists()
+    assert_same_run(tmp_path / "run", flesd)
+    first, second = (row["metrics"] for row in rows(tmp_path / "run", "round"))
+    assert first["failures"] == []
+    assert (second["num_ok"], second["num_failed"]) == (4, 0)
+    assert {failure["kind"] for failure in second["failures"]} == {"worker_died"}
+    assert 1 in [failure["partition"] for failure in second["failures"]]
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_clients_memory_on_ray(tmp_path: Path) -> None:
+    """What a worker wrote in round 1 another one reads in round 2; a client that raises is named there, too."""
+    overrides = ("strategy=local_only", "evaluate.every=9")
+    for name, more in (("ray", ON_RAY), ("here", ())):
+        config = small(tmp_path / name, *overrides, *more)
+        fedssl.run(sabotaged(config, "raise", round_num=2, partitions=[3]))
+    assert_same_run(tmp_path / "ray", tmp_path / "here")
+    (failure,) = rows(tmp_path / "ray", "round")[1]["metrics"]["failures"]
+    assert failure == {
+        "partition": 3,
+        "kind": "failed",
+        "reason": "ClientError: during local training: RuntimeError: the disk is full",
+    }
