@@ -1,0 +1,130 @@
+"""The loop itself: when it evaluates, what it carries from round to round, what it forgets in time."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
+from torch import Tensor
+
+import fedssl
+from fedssl.federation import rounds, simulation
+from fedssl.federation.checkpoint import Checkpoints
+from fedssl.federation.server import Server
+from fedssl.federation.store import ClientStore
+from strategies.fedavg import FedAvg
+from tests.federation_helpers import FAMILIES, assert_same, final_arrays, rows, sabotaged, small
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3]), (3, [0, 3]), (9, [0, 3])])
+def test_round_zero_and_the_last_round_are_always_evaluated(every: int, expected: list[int], tmp_path: Path) -> None:
+    overrides = ("strategy=fedavg", "federation.num_rounds=3", f"evaluate.every={every}")
+    fedssl.run(small(tmp_path / "run", *overrides))
+    assert sorted({row["round"] for row in rows(tmp_path / "run", "eval")}) == expected
+    for round_num in expected[1:]:
+        evaluated = [row["family"] for row in rows(tmp_path / "run", "eval") if row["round"] == round_num]
+        assert evaluated == list(FAMILIES)
+
+
+class WithMomentum(FedAvg):
+    """A server half with a state of its own."""
+
+    def __init__(self, *, server: Server) -> None:
+        super().__init__(server=server, weighted=True)
+        self.velocity: dict[str, Tensor] = {}
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        averages, metrics = super().aggregate_train(server_round, replies)
+        assert averages is not None
+        for name, average in averages.items():
+            step = torch.from_numpy(average.numpy()) - torch.from_numpy(self.arrays[name].numpy())
+            self.velocity[name] = 0.1 * self.velocity.get(name, torch.zeros(())) + step
+        moved = {name: self.velocity[name] + torch.from_numpy(a.numpy()) for name, a in self.arrays.items()}
+        return ArrayRecord(moved), metrics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.velocity
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.velocity = dict(state)
+
+
+def test_a_strategys_own_state_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And matters: without it the weights would differ."""
+
+    def run(name: str, num_rounds: int) -> None:
+        config = small(tmp_path / name, "strategy=fedavg", f"federation.num_rounds={num_rounds}", "evaluate.every=9")
+        config["strategy"]["server"] = {"_target_": "tests.test_rounds.WithMomentum"}
+        (simulation.resume(config, tmp_path / name) if (tmp_path / name).exists() else fedssl.run(config))
+
+    run("straight", 3)
+    for name in ("resumed", "forgetful"):
+        run(name, 2)
+    run("resumed", 3)
+    assert_same(final_arrays(tmp_path / "resumed"), final_arrays(tmp_path / "straight"))
+    monkeypatch.setattr(WithMomentum, "load_state_dict", lambda self, state: None)
+    run("forgetful", 3)
+    with pytest.raises(AssertionError):
+        assert_same(final_arrays(tmp_path / "forgetful"), final_arrays(tmp_path / "straight"))
+
+
+def test_old_memory_goes_with_old_checkpoints(tmp_path: Path) -> None:
+    """The base of the failed round 2 stays, so what its clients read stays, too."""
+    overrides = ("strategy=local_only", "federation.num_rounds=4", "federation.keep_checkpoints=1", "evaluate.every=9")
+    fedssl.run(small(tmp_path / "clean", *overrides))
+    fedssl.run(sabotaged(small(tmp_path / "failed", *overrides), "raise", round_num=2, partitions=[0]))
+    assert Checkpoints(tmp_path / "clean" / "checkpoints", keep=1).rounds() == [4]
+    assert [ClientStore(tmp_path / "clean" / "clients").versions(p) for p in range(4)] == [[4]] * 4
+    assert [ClientStore(tmp_path / "failed" / "clients").versions(p) for p in (0, 1)] == [[1, 3, 4], [1, 2, 3, 4]]
+    metrics = simulation.replay(
+        small(tmp_path / "failed", *overrides), tmp_path / "failed", round_num=2, partition_id=1
+    )
+    (written,) = (r for r in rows(tmp_path / "failed", "client") if (r["round"], r["partition"]) == (2, 1))
+    assert metrics["loss"] == written["metrics"]["loss"]
+
+
+def test_the_clients_memory_can_live_elsewhere(tmp_path: Path) -> None:
+    fedssl.run(small(tmp_path / "run", "strategy=local_only", f"client.store={tmp_path / 'store'}", "evaluate.every=9"))
+    assert not (tmp_path / "run" / "clients").exists()
+    assert ClientStore(tmp_path / "store").versions(3) == [1, 2]
+
+
+def test_seconds_add_up_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(tmp_path / "run", "strategy=fedavg", "evaluate.every=9", "federation.num_rounds=1")
+    first = fedssl.run(config)["wall_seconds"]
+    config["federation"]["num_rounds"] = 2
+    total = simulation.resume(config, tmp_path / "run")["wall_seconds"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    _, second = (line["metrics"]["seconds"] for line in lines if line["scope"] == "server")
+    assert total == pytest.approx(first + second)
+
+
+def test_a_late_client_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In process nobody can be interrupted, but after the time is up nobody is started any more."""
+    config = small(tmp_path / "run", "strategy=fedavg", "federation.num_rounds=1", "federation.min_replies=1")
+    config["federation"]["round_timeout"] = 1.0
+    clock = iter(range(10_000))
+    started: list[float] = []
+
+    class Clock:
+        """Every look at it takes 0.3 s; the deadline of 1 s is looked at before every pull."""
+
+        @staticmethod
+        def monotonic() -> float:
+            started.append(0.3 * next(clock))
+            return started[-1]
+
+    monkeypatch.setattr(rounds, "time", Clock)
+    monkeypatch.setattr("fedssl.federation.grids.in_process.SLICE_SECONDS", 0.0)  # one client a pull
+    fedssl.run(config)
+    (row,) = rows(tmp_path / "run", "round")
+    late = [failure["partition"] for failure in row["metrics"]["failures"]]
+    assert row["metrics"]["num_ok"] + row["metrics"]["num_late"] == 4
+    assert late == list(range(row["metrics"]["num_ok"], 4))
+    assert 1 <= len(late) <= 3
+    assert row["metrics"]["failures"][0]["reason"] == "no reply within 1 s (federation.round_timeout)"
+    assert [r["partition"] for r in rows(tmp_path / "run", "client")] == list(range(row["metrics"]["num_ok"]))
