@@ -42,7 +42,8 @@ class WithMomentum(FedAvg):
         assert averages is not None
         for name, average in averages.items():
             step = torch.from_numpy(average.numpy()) - torch.from_numpy(self.arrays[name].numpy())
-            self.velocity[name] = 0.1 * self.velocity.get(name, torch.zeros(())) + step
+            decay = 0.0 if "running" in name else 0.5  # a variance must not overshoot below zero
+            self.velocity[name] = decay * self.velocity.get(name, torch.zeros(())) + step
         moved = {name: self.velocity[name] + torch.from_numpy(a.numpy()) for name, a in self.arrays.items()}
         return ArrayRecord(moved), metrics
 
