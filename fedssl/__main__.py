@@ -98,6 +98,9 @@ def _compose_and_run(arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:  # the jobs report their own
+        print(f"error: cannot make the run directory (run_dir=, hydra.sweep.dir=): {error}", file=sys.stderr)
+        return BAD_INPUT
     finally:
         sys.argv = before
     if len(finished) > 1:
@@ -110,10 +113,6 @@ def _compose_and_run(arguments: list[str]) -> int:
 def _run(config: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
     from fedssl.federation import simulation  # torch, Flower: not for --help
 
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ConfigError(
-            f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
-        )
     return _finish(simulation.run({**config, "run_dir": str(run_dir)}), run_dir, siblings)
 
 

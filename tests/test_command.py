@@ -16,6 +16,7 @@ import yaml
 import fedssl
 from fedssl.__main__ import main
 from fedssl.config import compose
+from fedssl.errors import ConfigError
 from tests.federation_helpers import SMALL, tree_hash, without_clock
 
 
@@ -257,6 +258,22 @@ def test_a_directory_with_something_in_it_is_refused_and_left_alone(command: Com
     assert tree_hash(run_dir) == before
 
 
+def test_python_refuses_that_directory_too(command: Command, finished: Path) -> None:
+    before = tree_hash(finished)
+    with pytest.raises(ConfigError, match=r"is not empty: choose another"):
+        fedssl.run(compose(small(f"run_dir={finished}")))
+    assert tree_hash(finished) == before
+
+
+def test_a_file_in_the_place_of_the_run_directory_is_bad_input(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("important")
+    ended = command(*small("run_dir=mine/run"))
+    assert ended.code == 2
+    assert ended.err.startswith("error: cannot make the run directory (run_dir=")
+    assert "mine" in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_an_empty_directory_of_the_user_survives_bad_input(command: Command, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert command(*small("run_dir=mine", "device=tpu")).code == 2
@@ -354,6 +371,14 @@ def _importable(arguments: list[str]) -> list[str]:
 
 
 # --- resume and replay --------------------------------------------------------------------------------------------
+def test_a_completed_run_can_be_given_more_rounds(command: Command, tmp_path: Path) -> None:
+    assert command(*small("run_dir=run", "strategy=fedavg", "federation.num_rounds=1")).code == 0
+    assert command("resume=run", "federation.num_rounds=2").code == 0
+    assert command(*small("run_dir=straight", "strategy=fedavg", "federation.num_rounds=2")).code == 0
+    resumed, straight = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "straight"))
+    assert without_clock(resumed) == without_clock(straight)
+
+
 def test_a_completed_run_is_not_run_again(command: Command, finished: Path) -> None:
     before = tree_hash(finished)
     ended = command(f"resume={finished}")

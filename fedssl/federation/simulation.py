@@ -44,6 +44,10 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         FedSSLError: bad input (`ConfigError`), or too few replies (`TooFewRepliesError`).
     """
     run_dir = Path(config["run_dir"])
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
+        )
     setup = Setup(config)
     setup.check()
     strategy = build_strategy(setup)
