@@ -79,7 +79,7 @@ class Sabotaged:
 
     Args:
         inner: the client half that does the work otherwise.
-        action: raise, kill (its own process, the first time) or a lie about the upload.
+        action: raise; kill or interrupt (its own process, the first time); or a lie about the upload.
         marker: a file that says that the kill has happened.
     """
 
@@ -97,11 +97,11 @@ class Sabotaged:
             with client.doing("local training"):
                 raise RuntimeError("the disk is full")
         upload = self.inner(client, broadcast)
-        if self.action == "kill":
+        if self.action in ("kill", "interrupt"):
             assert self.marker is not None
             if not Path(self.marker).exists():
                 Path(self.marker).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL if self.action == "kill" else signal.SIGINT)
             return upload
         return lie(upload, self.action)
 

@@ -22,6 +22,7 @@ from fedssl.evaluate import Evaluator
 from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.setup import Setup
+from fedssl.federation.store import ClientStore
 from tests.federation_helpers import (
     FAMILIES,
     ON_RAY,
@@ -67,7 +68,10 @@ def test_the_run_directory_holds_what_the_interface_names(flesd: Path) -> None:
     assert sorted(path.name for path in (flesd / "models").iterdir()) == sorted(f"{f}.safetensors" for f in FAMILIES)
     assert sorted(path.name for path in (flesd / "checkpoints").iterdir()) == ["00001", "00002"]
     config = yaml.safe_load((flesd / "config.yaml").read_text())
-    assert config == small(flesd, *FLESD)
+    asked = small(flesd, *FLESD)
+    assert asked["federation"]["report_family"] is None
+    asked["federation"]["report_family"] = summary_of(flesd)["report_family"]  # the one that was chosen, for readers
+    assert config == asked
     manifest = json.loads((flesd / "manifest.json").read_text())
     assert set(manifest["data"]) == {"digits/train", "digits/test", "public set"}
     assert manifest["seed"] == 0
@@ -248,6 +252,19 @@ def test_kill_9_and_resume_equals_a_run_that_was_left_alone(when: str, flesd: Pa
     assert [row["round"] for row in rows(run_dir, "server")] == [1, 2]
     assert rows(run_dir) == rows(flesd)
     assert not list(run_dir.rglob("*partial*"))
+
+
+def test_a_resumed_client_does_not_see_its_own_future(tmp_path: Path) -> None:
+    """Partitions 0 and 1 have finished round 2 when Ctrl-C comes: their memory is there, and must not be read."""
+    overrides = ("strategy=local_only", "evaluate.every=9")
+    fedssl.run(small(tmp_path / "straight", *overrides))
+    config = small(tmp_path / "run", *overrides)
+    config = sabotaged(config, "interrupt", round_num=2, partitions=[2], marker=str(tmp_path / "interrupted"))
+    with pytest.raises(KeyboardInterrupt):
+        fedssl.run(config)
+    assert [ClientStore(tmp_path / "run" / "clients").versions(p) for p in range(4)] == [[1, 2], [1, 2], [1], [1]]
+    simulation.resume(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 def test_max_seconds_stops_before_a_round_and_resume_goes_on(

@@ -325,6 +325,19 @@ def test_placebo_knows_nothing_of_the_private_data(tmp_path: Path) -> None:
         assert not np.array_equal(iid, skewed)
 
 
+def test_placebo_does_not_learn_from_the_broadcast(tmp_path: Path) -> None:
+    """The clients of round 2 know as little as those of round 1: an untrained model, not the distilled one."""
+    _, strategy, _, replies = first_round(small(None, "strategy=placebo"), tmp_path)
+    learned, _ = strategy.aggregate_train(1, replies)
+    assert learned is not None
+    grid = open_in_process(small(None, "strategy=placebo"), tmp_path)
+    again = list(grid.send_and_receive(strategy.configure_train(1, learned, ConfigRecord(), grid)))
+    for before, after in zip(replies, again, strict=True):
+        np.testing.assert_array_equal(
+            Upload.from_message(before).arrays["factors"], Upload.from_message(after).arrays["factors"]
+        )
+
+
 def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
     setup, strategy, messages, replies = first_round(small(None, "strategy=local_only"), tmp_path)
     assert all(len(message.content["arrays"]) == 0 for message in [*messages, *replies])
