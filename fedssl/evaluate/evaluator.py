@@ -24,6 +24,7 @@ class Evaluation:
         every: rounds between two evaluations.
         data: the labelled data's name in conf/data; None: the private data's own splits.
         root: where `data` lies; None: as its YAML says.
+        raw_pixels: also probe the pixels themselves, once, before the first round.
         batch_size: images per forward pass.
         knn: kNN on the features as they are.
         linear: the linear probe.
@@ -35,6 +36,7 @@ class Evaluation:
     every: int
     data: str | None
     root: str | None
+    raw_pixels: bool
     batch_size: int
     knn: KNN
     linear: LinearProbe

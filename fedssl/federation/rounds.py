@@ -174,7 +174,8 @@ class Rounds:
     def initialise(self, arrays: ArrayRecord, started: float) -> State:
         """Round 0: evaluate the initial weights of every family, and what needs no network."""
         evaluation = self._evaluate_global(0, arrays)
-        self.tracker.row(0, "eval", self.setup.evaluator.raw_pixels(), family="raw_pixels")
+        if self.setup.evaluation.raw_pixels:
+            self.tracker.row(0, "eval", self.setup.evaluator.raw_pixels(), family="raw_pixels")
         members = ask_roster(self.grid).values()
         trainers = [member.family for member in members if member.trains]
         progressed = Progressed(

@@ -1,6 +1,7 @@
 """One simulation from configuration to summary; resume; replay."""
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -48,9 +49,11 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
         )
+    config = copy.deepcopy(dict(config))
     setup = Setup(config)
     setup.check()
     strategy = build_strategy(setup)
+    config["federation"]["report_family"] = setup.report_family  # the one that was chosen, for those who read the run
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     setup.data.save(run_dir / "partition.npz")
