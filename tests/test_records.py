@@ -25,6 +25,7 @@ from fedssl.federation.records import (
     num_bytes,
     to_arrays,
 )
+from fedssl.models import calibrate_batch_norm
 from tests.federation_helpers import Tiny
 
 identify_process()
@@ -198,3 +199,16 @@ def test_an_error_weighs_nothing() -> None:
     sent = message(RecordDict())
     stamp(sent, "1")
     assert num_bytes(error_reply(sent, 2, "a long story")) == 0
+
+
+def test_loaded_batch_norm_averages_are_kept_and_fresh_ones_are_not() -> None:
+    """Counters do not travel: a layer with averages must not be calibrated again, one without must be."""
+    x = torch.rand(8, 3, 4, 4) + 5
+    trained, fresh, receiver = (nn.Sequential(nn.BatchNorm2d(3)) for _ in range(3))
+    trained(x)
+    load_state(receiver, model_state(trained))
+    calibrate_batch_norm(receiver, x - 100)
+    torch.testing.assert_close(receiver[0].running_mean, trained[0].running_mean)
+    load_state(receiver, model_state(fresh))
+    calibrate_batch_norm(receiver, x)
+    torch.testing.assert_close(receiver[0].running_mean, x.mean(dim=(0, 2, 3)))

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor, nn
 
 from fedssl.errors import PayloadError
+from fedssl.models import recount_batches
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -33,6 +34,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if value.shape != state[name].shape:
                 raise PayloadError(f"weight {name!r} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}")
             value.copy_(state[name])
+    recount_batches(model)
 
 
 def to_arrays(states: Mapping[str, Mapping[str, Tensor]]) -> ArrayRecord:

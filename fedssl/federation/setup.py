@@ -37,6 +37,7 @@ class Federation:
     report_family: str | None  # whose figures head the report; None: the one with most backbone parameters
     round_timeout: float | None  # seconds a round waits for its clients; None: as long as it takes
     keep_checkpoints: int
+    server_threads: int  # torch threads of the server on the CPU; part of the result
 
     def __post_init__(self) -> None:
         for name in ("num_clients", "num_rounds", "keep_checkpoints"):
@@ -54,6 +55,8 @@ class Federation:
                 f"federation.min_replies must be between 0 and the cohort's size {cohort}, got {self.min_replies}. "
                 f"Lower it, or raise federation.{'num_clients' if self.cohort_size is None else 'cohort_size'}."
             )
+        if self.server_threads < 1:
+            raise ConfigError(f"federation.server_threads must be at least 1, got {self.server_threads}")
         if not self.families:
             raise ConfigError("federation.families is empty: name at least one architecture, e.g. [conv4_16]")
         if self.round_timeout is not None and not self.round_timeout > 0:

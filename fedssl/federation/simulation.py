@@ -194,6 +194,7 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]
             Progress(federation.num_rounds, title=title, first_round=state.round_num + 1 if state else 1)
         )
         stack.enter_context(_warnings_shown_by(progress))
+        stack.enter_context(torch_threads(federation.server_threads))
         tracker = stack.enter_context(Tracker(run_dir, offset=state.progressed.metrics_offset if state else 0))
         if state and state.round_num > 0:
             tracker.row(state.round_num, "server", state.progressed.server_row)

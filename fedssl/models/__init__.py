@@ -75,6 +75,20 @@ def calibrate_batch_norm(module: nn.Module, x: Float[Tensor, "b 3 s s"]) -> None
                 count.fill_(max(1, batches))
 
 
+def recount_batches(module: nn.Module) -> None:
+    """Tell batch-norm layers whose averages were loaded from those that have seen no batch, as they were told before.
+
+    Weights travel and are kept without batch counters. A layer whose averages still are mean 0 and variance 1 has seen
+    nothing; any other has, so `calibrate_batch_norm` leaves it alone.
+    """
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.num_batches_tracked is not None:
+            assert part.running_mean is not None
+            assert part.running_var is not None
+            fresh = bool((part.running_mean == 0).all() and (part.running_var == 1).all())
+            part.num_batches_tracked.fill_(0 if fresh else 1)
+
+
 def feature_dim(backbone: nn.Module, image_size: int) -> int:
     """The number of features per image, measured by one dry pass in eval mode: nothing in `backbone` changes.
 
