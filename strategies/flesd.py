@@ -91,25 +91,24 @@ class FLESD(Strategy):
         cohort = self.server.sample_cohort(server_round, grid)
         return self.server.messages(server_round, cohort, config, arrays)
 
-    def check(self, reply: Message) -> Upload:
-        """Parse an upload and decode it once; `PayloadError` says why it is refused."""
+    def check(self, reply: Message) -> tuple[Upload, Similarity]:
+        """Parse and decode an upload; `PayloadError` says why it is refused."""
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, self.codec.name)
-        self._similarity(upload)
-        return upload
+        return upload, self.codec.decode(upload.arrays, len(self.server.public_set.images))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Ensemble the similarities and distil them into every family's student."""
-        uploads = read_uploads(replies, self.check)
-        if not uploads:
+        received = read_uploads(replies, self.check)
+        if not received:
             return None, None
-        similarities = [self._similarity(upload) for upload in uploads]
-        self._warn_of_collapse(uploads, similarities)
+        for upload, similarity in received:
+            self._warn_if_collapsed(upload, similarity)
         device = self.server.device
         target = EnsembleTarget(
-            [similarity.to(device) for similarity in similarities],
+            [similarity.to(device) for _, similarity in received],
             self.ensemble,
             self.distillation.target_temperature,
         )
@@ -133,22 +132,17 @@ class FLESD(Strategy):
             metrics |= {f"{family}/{name}": value for name, value in learned.items()}
         return to_arrays(students), to_metrics(metrics)
 
-    def _similarity(self, upload: Upload) -> Similarity:
-        return self.codec.decode(upload.arrays, len(self.server.public_set.images))
-
-    def _warn_of_collapse(self, uploads: list[Upload], similarities: list[Similarity]) -> None:
-        for upload, similarity in zip(uploads, similarities, strict=True):
-            measures = collapse_measures(similarity)
-            if measures["mean_cosine"] > self.warn_mean_cosine or measures["effective_rank"] < self.warn_effective_rank:
-                log.warning(
-                    "round %d: client %d (%s) has collapsed: mean cosine %.3f, effective rank %.1f on the public set; "
-                    "under ensemble=none it can dominate the target",
-                    upload.header.round_num,
-                    upload.header.partition_id,
-                    upload.header.family,
-                    measures["mean_cosine"],
-                    measures["effective_rank"],
-                )
+    def _warn_if_collapsed(self, upload: Upload, similarity: Similarity) -> None:
+        measures = collapse_measures(similarity)
+        if measures["mean_cosine"] > self.warn_mean_cosine or measures["effective_rank"] < self.warn_effective_rank:
+            log.warning(
+                "round %d: client %d (%s) has collapsed: mean cosine %.3f, effective rank %.1f on the public set",
+                upload.header.round_num,
+                upload.header.partition_id,
+                upload.header.family,
+                measures["mean_cosine"],
+                measures["effective_rank"],
+            )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -1,17 +1,22 @@
 """Placebo: FLESD's distillation from clients that have learned nothing.
 
-A control, not a paper. Each client answers with the similarities of an untrained model of its own, so whatever the
+A control, not a paper. Each client answers with the similarities of an untrained model of its own. So whatever the
 students gain over their initial weights comes from the server's views of the public set and from the architectures,
-not from the clients' data. The server half is FLESD's (conf/strategy/placebo.yaml).
+not from the clients' data. The untrained models' batch norm has the statistics of one public batch: without them deep
+networks map all images to one point, and the placebo would test no signal instead of an untrained network's.
+
+The server half is FLESD's (conf/strategy/placebo.yaml).
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch.nn.functional as F
 
 from fedssl.codecs import Codec
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload
+from fedssl.models import calibrate_batch_norm
 from fedssl.similarity import FactorSimilarity, collapse_measures
 
 
@@ -23,7 +28,11 @@ class PlaceboClient:
 
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client; the broadcast is received (its bytes count) and ignored."""
-        embeddings = client.embed_public(client.untrained())  # (n, d)
+        model = client.untrained()
+        images = client.public_set.images
+        batch = images.take(np.arange(min(len(images), client.embed_batch_size))).to(client.device)
+        calibrate_batch_norm(model, client.views.plain(batch))
+        embeddings = client.embed_public(model)  # (n, d)
         metrics = collapse_measures(FactorSimilarity(factors=F.normalize(embeddings, dim=1)))
         arrays = self.codec.encode(embeddings, client.generator("rotation"))
         return client.upload(arrays, metrics, codec=self.codec.name)

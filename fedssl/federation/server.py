@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -141,15 +142,20 @@ def image_passes(num_images: int, batch_size: int, steps: int) -> int:
     return 2 * (epochs * (full * batch_size + rest) + more * batch_size)
 
 
-def read_uploads(replies: Iterable[Message], check: Callable[[Message], Upload]) -> list[Upload]:
-    """The usable uploads in partition order; what `check` refuses is named in a warning and left out.
+Read = TypeVar("Read")
+
+
+def read_uploads(replies: Iterable[Message], check: Callable[[Message], Read]) -> list[Read]:
+    """What `check` makes of the usable replies, in partition order; what it refuses is named and left out.
 
     Our own loop has refused them before it calls `aggregate_train`; under Flower's `Strategy.start` this is where.
     """
-    uploads = []
+    usable: list[tuple[int, Read]] = []
     for reply in replies:
         try:
-            uploads.append(check(reply))
+            read = check(reply)
         except PayloadError as error:
             log.warning("refused the reply of node %d: %s", reply.metadata.src_node_id, error)
-    return sorted(uploads, key=lambda upload: upload.header.partition_id)
+        else:
+            usable.append((Upload.from_message(reply).header.partition_id, read))
+    return [read for _, read in sorted(usable, key=lambda pair: pair[0])]

@@ -1,6 +1,7 @@
 """Run directories, read back: what `INTERFACE.md` says lies in one, with everything that may be missing."""
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -275,7 +276,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in metrics.items()
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
     }
 
 
