@@ -81,8 +81,9 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     choices = {str(group): choice for group, choice in hydra_config.runtime.choices.items()}
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     _check_complete(config)
+    search_path = [o for o in hydra_config.overrides.hydra if o.split("=")[0] == "hydra.searchpath"]  # a user's folder
     if choices.get("experiment") is not None:
-        _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task))
+        _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task), search_path)
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     for key in ("resume", "replay"):
@@ -90,27 +91,33 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     resolved["strategy"]["name"] = choices["strategy"]
     public, evaluate = resolved["public"], resolved["evaluate"]
     if "data" in public:
-        public["source"] = _named_source("public", public.pop("data"), public.pop("root"), public.pop("image_size"))
+        named = public.pop("data"), public.pop("root"), public.pop("image_size")
+        public["source"] = _named_source("public", *named, search_path)
     if evaluate["data"] is not None:
         image_size = resolved["data"]["image_size"]
-        evaluate["source"] = _named_source("evaluate", evaluate["data"], evaluate["root"], image_size)
+        evaluate["source"] = _named_source("evaluate", evaluate["data"], evaluate["root"], image_size, search_path)
     return {str(key): value for key, value in resolved.items()}
 
 
-def _let_chosen_groups_win(config: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+def _let_chosen_groups_win(
+    config: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str], search_path: Sequence[str]
+) -> None:
     """Replace every group of which the preset had chosen another file by what it is without the preset."""
-    preset = hydra.compose(CONFIG_NAME, [f"experiment={choices['experiment']}"], return_hydra_config=True)
+    named = [f"experiment={choices['experiment']}", *search_path]
+    preset = hydra.compose(CONFIG_NAME, named, return_hydra_config=True)
     chosen = [group for group in GROUPS if choices[group] != preset.hydra.runtime.choices[group]]
     values = [override for override in overrides if override.split("=")[0] not in (*choices, "experiment")]
     files = [f"{group}={choices[group]}" for group in GROUPS]
-    plain = hydra.compose(CONFIG_NAME, [*files, *values])
+    plain = hydra.compose(CONFIG_NAME, [*files, *values, *search_path])
     for group in chosen:
         config[group] = plain[group]
 
 
-def _named_source(group: str, name: str, root: str | None, image_size: int) -> dict[str, Any]:
+def _named_source(
+    group: str, name: str, root: str | None, image_size: int, search_path: Sequence[str]
+) -> dict[str, Any]:
     """The node of conf/data/<name>.yaml, decoded at `image_size` pixels."""
-    source = hydra.compose(CONFIG_NAME, [f"data={name}"]).data
+    source = hydra.compose(CONFIG_NAME, [f"data={name}", *search_path]).data
     OmegaConf.set_struct(source, False)
     if root is not None:
         if "root" not in source:
