@@ -15,7 +15,7 @@ import yaml
 
 import fedssl
 from fedssl.__main__ import main
-from fedssl.config import compose
+from fedssl.config import compose, conf_dir
 from fedssl.errors import ConfigError
 from tests.federation_helpers import SMALL, tree_hash, without_clock
 
@@ -158,6 +158,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {  # overrides, and what the m
     "unknown choice": (["strategy=fedsgd"], ["strategy=fedsgd: there is no such choice", "centralized, fedavg, flesd"]),
     "key left out": (["~federation.num_rounds"], ["Federation", "'num_rounds'"]),
     "group left out": (["~grid"], ["the configuration has no grid"]),
+    "unknown experiment": (
+        ["experiment=cifar10_smal"],
+        ["experiment=cifar10_smal: there is no such choice. experiment may be cifar10_small."],
+    ),
     "no override": (["flesd"], ["'flesd'", "missing EQUAL"]),
     "value that is missing": (["partition=file"], ["partition.path has no default: set partition.path=..."]),
     "interpolation of nothing": (["seed=${nothing}"], ["seed: ", "'nothing' not found"]),
@@ -527,6 +531,34 @@ def test_what_is_printed_is_what_is_run(command: Command) -> None:
     printed = yaml.safe_load(ended.out)
     assert printed == compose(overrides)
     assert printed["partition"] == {"_target_": "fedssl.data.partition.IID"}
+
+
+def test_what_is_printed_is_what_is_run_from_a_folder_of_ones_own(command: Command, tmp_path: Path) -> None:
+    """A preset, the partition it chooses and the public images it names: none of them is in fedssl's conf/."""
+    files = {
+        "experiment/mine.yaml": (
+            "# @package _global_\ndefaults:\n  - override /partition: mine\n  - override /public: dataset\n"
+            "public:\n  data: letters\n  size: 24\n"
+        ),
+        "partition/mine.yaml": "_target_: fedssl.data.partition.Dirichlet\nalpha: 9\nmin_size: 8\n",
+        "data/letters.yaml": (conf_dir() / "data" / "digits.yaml").read_text(),
+    }
+    for name, text in files.items():
+        (tmp_path / "yaml" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "yaml" / name).write_text(text)
+    shorter = small("federation.num_rounds=1", "strategy=public_only", "experiment=mine", "evaluate.data=letters")
+    overrides = [override for override in shorter if not override.startswith("partition=")]
+    printed = command("--cfg", "job", "--resolve", "--config-dir", "yaml", *overrides, "run_dir=run")
+    assert (printed.code, printed.err) == (0, "")
+    config = yaml.safe_load(printed.out)
+    assert config["partition"]["alpha"] == 9
+    assert config["public"]["source"]["_target_"] == config["data"]["_target_"]
+    assert compose([*overrides, "run_dir=run"], config_dir=tmp_path / "yaml") == config
+    ended = command("--config-dir", "yaml", *overrides, "run_dir=run")
+    assert (ended.code, ended.err) == (0, "")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved["federation"]["report_family"] = None  # null was given, the choice is kept
+    assert saved == config
 
 
 def test_printing_a_wrong_configuration_is_bad_input(command: Command) -> None:
