@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import fedssl
@@ -358,9 +359,48 @@ def test_a_clients_shard_as_public_set(tmp_path: Path) -> None:
         Setup(small(None, *FLESD, "public=client_shard", "federation.cohort_size=4")).check()
 
 
+@pytest.mark.parametrize(("family", "refused"), [("conv4_4", True), ("conv4_2", False)])
+def test_the_report_family_has_a_client_that_trains(family: str, refused: bool) -> None:
+    """Under public=client_shard, three clients are too few for a second one of the largest family."""
+    overrides = (*FLESD, "public=client_shard", "federation.num_clients=3")
+    setup = Setup(small(None, *overrides))
+    setup.check()
+    assert setup.report_family == "conv4_2"
+    named = Setup(small(None, *overrides, f"federation.report_family={family}"))
+    if refused:
+        with pytest.raises(ConfigError, match="report_family=conv4_4 has no client that trains.*are conv4_2, tiny"):
+            named.check()
+    else:
+        named.check()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.num_images=30", "public.size=24"), r"partition 2 has 1 images.*data\.num_images=30.*num_clients=4"),
+        (("public.size=1",), "the public set has 1 images.*Raise public.size"),
+    ],
+)
+def test_one_image_is_too_few(overrides: tuple[str, ...], message: str) -> None:
+    """Of a client, which compares images, and of the public set, whose similarities are what is learned from."""
+    with pytest.raises(ConfigError, match=message):
+        Setup(small(None, *FLESD, *overrides)).check()
+
+
+def test_the_private_data_set_is_no_public_one() -> None:
+    same = ("public=dataset", "public.data=digits", "public.image_size=16")
+    with pytest.raises(ConfigError, match="public.data=digits is the private data set itself.*public=held_out"):
+        Setup(small(None, *FLESD, *same)).check()
+
+
 def test_another_data_set_as_public_set(tmp_path: Path) -> None:
-    overrides = (*FLESD, "public=dataset", "public.data=digits", "public.image_size=16")
-    config = small(tmp_path / "run", *overrides)
+    for number in range(24):
+        pixels = np.full((16, 16, 3), 10 * number, np.uint8)
+        path = tmp_path / "images" / "train" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    overrides = (*FLESD, "public=dataset", "public.data=image_folder", f"public.root={tmp_path / 'images'}")
+    config = small(tmp_path / "run", *overrides, "public.image_size=16")
     summary = fedssl.run(config)
     assert summary["status"] == "completed"
     assert sum(row["metrics"]["num-examples"] for row in rows(tmp_path / "run", "client") if row["round"] == 1) == 140

@@ -127,15 +127,18 @@ class Setup:
     @cached_property
     def report_family(self) -> str:
         """The family whose figures head the report."""
+        training = list(dict.fromkeys(self.family(p) for p in self.data.training_partitions))
         chosen = self.federation.report_family
-        if chosen is not None:
-            if chosen not in self.families:
-                raise ConfigError(
-                    f"federation.report_family={chosen} has no client: with {self.federation.num_clients} clients only "
-                    f"{list(self.families)} take part"
-                )
-            return chosen
-        return max(self.families, key=lambda family: num_parameters(self.build_model(family).backbone))
+        if chosen is None:
+            return max(training, key=lambda family: num_parameters(self.build_model(family).backbone))
+        if chosen not in training:
+            raise ConfigError(
+                f"federation.report_family={chosen} has no client that trains: of num_clients="
+                f"{self.federation.num_clients} clients, {len(self.data.training_partitions)} train, and their "
+                f"families are {', '.join(training)}. Choose one of these as federation.report_family, or leave it "
+                f"null for the largest."
+            )
+        return chosen
 
     @cached_property
     def local(self) -> LocalTraining:
@@ -300,6 +303,7 @@ class Setup:
             )
         federation = self.federation
         _ = self.local, self.evaluation, self.views, self.method, self.device, instantiate(self.config["grid"])
+        self._check_public_source()
         image_size = int(self.config["data"]["image_size"])
         for family in self.families:
             self.build_model(family)
@@ -316,6 +320,34 @@ class Setup:
                 f"public=client_shard partition 0 is the public set. Lower min_replies or raise "
                 f"num_clients={federation.num_clients}."
             )
+        for partition_id in self.data.training_partitions:
+            if (owned := len(self.data.partitions[partition_id])) < 2:
+                raise ConfigError(
+                    f"partition {partition_id} has {owned} images, and a client that trains needs at least 2. Use "
+                    f"more images (data.num_images={self.config['data'].get('num_images')}), fewer clients "
+                    f"(federation.num_clients={federation.num_clients}) or, where the partition has it, a larger "
+                    f"partition.min_size."
+                )
+        if (shared := len(self.data.public_images)) < 2:
+            raise ConfigError(
+                f"the public set has {shared} images, and at least 2 are needed to be similar. Raise public.size; "
+                f"under public=client_shard use more images (data.num_images=) or fewer clients "
+                f"(federation.num_clients=)."
+            )
         if self.train.image_size != (image_size, image_size):
             raise ConfigError(f"data.image_size={image_size}, but the images are {self.train.image_size}")
         _ = self.report_family, self.public_set, self.evaluator
+
+    def _check_public_source(self) -> None:
+        """Refuse public images "of another data set" that are the private ones themselves."""
+        private = self.config["data"]
+        public = self.config["public"].get("source")
+        if public is None or any(public.get(key) != private.get(key) for key in ("name", "train_split")):
+            return
+        roots = [Path(node["root"]).expanduser().resolve() if "root" in node else None for node in (public, private)]
+        if roots[0] == roots[1]:
+            raise ConfigError(
+                f"public.data={public['name']} is the private data set itself"
+                f"{f' (root {roots[0]})' if roots[0] else ''}: the public images would be the clients' own. Use "
+                f"public=held_out, which takes them out of the clients' hands, or another public.data or public.root."
+            )

@@ -267,7 +267,7 @@ def load_encoder(run_dir: Path, family: str | None) -> nn.Module:
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
     setup = Setup(yaml.safe_load(path.read_text()), run_dir)
-    family = setup.report_family if family is None else family
+    family = family or setup.federation.report_family or setup.report_family  # config.yaml names it, without the data
     weights = run_dir / "models" / f"{family}.safetensors"
     if not weights.is_file():
         known = sorted(file.stem for file in (run_dir / "models").glob("*.safetensors"))
