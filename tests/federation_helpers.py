@@ -79,7 +79,8 @@ class Sabotaged:
 
     Args:
         inner: the client half that does the work otherwise.
-        action: raise; kill or interrupt (its own process, the first time); or a lie about the upload.
+        action: raise; raise in evaluation; kill or interrupt (its own process, the first time); or a lie about the
+            upload.
         marker: a file that says that the kill has happened.
     """
 
@@ -97,6 +98,8 @@ class Sabotaged:
             with client.doing("local training"):
                 raise RuntimeError("the disk is full")
         upload = self.inner(client, broadcast)
+        if self.action == "raise in evaluation":
+            return upload
         if self.action in ("kill", "interrupt"):
             assert self.marker is not None
             if not Path(self.marker).exists():
@@ -106,6 +109,9 @@ class Sabotaged:
         return lie(upload, self.action)
 
     def evaluate(self, client: Client, broadcast: Broadcast) -> dict[str, float]:
+        mine = client.round_num == self.round_num and client.partition_id in self.partitions
+        if self.action == "raise in evaluation" and mine:
+            raise RuntimeError("no memory left")
         metrics: dict[str, float] = self.inner.evaluate(client, broadcast)
         return metrics
 

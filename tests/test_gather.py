@@ -64,8 +64,8 @@ class Scripted(LocalGrid):
         return ready
 
 
-def upload(partition: int) -> Upload:
-    header = Header(round_num=1, partition_id=partition, family="tiny", codec="none", public_fingerprint="f")
+def upload(partition: int, family: str = "tiny") -> Upload:
+    header = Header(round_num=1, partition_id=partition, family=family, codec="none", public_fingerprint="f")
     return Upload(header=header, arrays={"w": np.zeros(partition + 1)}, metrics={"loss": float(partition)})
 
 
@@ -126,6 +126,22 @@ def test_a_reply_in_somebody_elses_name_is_refused() -> None:
     gathered = gather(grid, messages(grid, [2, 4]), check=Upload.from_message, timeout=None)
     assert partitions_of(gathered.replies) == [2]
     assert gathered.failures == [Failure(partition=4, kind="refused", reason="it says it is of partition 2")]
+
+
+def test_a_reply_of_another_family_is_refused() -> None:
+    """Otherwise its weights would be averaged, or its numbers shown, where they do not belong."""
+
+    class Impostor(Scripted):
+        def answer(self, message: Message) -> Message:
+            if message.metadata.message_type == "query.info" or self.partition(message) != 4:
+                return super().answer(message)
+            return Message(upload(4, "resnet18").to_content(), reply_to=message)
+
+    grid = Impostor([2, 4])
+    gathered = gather(grid, messages(grid, [2, 4]), check=lambda reply: None, timeout=None)
+    assert partitions_of(gathered.replies) == [2]
+    reason = "it says it is of family 'resnet18', this client's is 'tiny'"
+    assert gathered.failures == [Failure(partition=4, kind="refused", reason=reason)]
 
 
 def test_dead_workers_are_named_by_the_clients_that_ran_again() -> None:
@@ -206,3 +222,19 @@ def test_a_reply_that_is_no_upload_does_not_stop_the_display() -> None:
     for records in ({}, {"metrics": ConfigRecord()}, {"metrics": MetricRecord({"loss": [1.0]})}):
         loop._show_reply(1, Message(RecordDict(records), 1, "train"))
     assert shown == [(1, "tiny", None)] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "warning"),
+    [
+        ("worker_died", "worker died under partition 2 in round 3: killed by signal 9; the task ran again\n"),
+        ("worker_stopped", "worker stopped under partition 2 in round 3: killed by signal 9\n"),
+        ("late", "client late in round 3, partition 2: killed by signal 9\n"),
+    ],
+)
+def test_warnings_are_sentences(kind: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+    loop = object.__new__(Rounds)
+    loop.replay_hint = "again {round} {partition}"
+    with caplog.at_level("WARNING", logger="fedssl"):
+        loop._name_failures(3, [Failure(partition=2, kind=kind, reason="killed by signal 9")])
+    assert caplog.messages == [f"{warning}Replay it in this process: again 3 2"]

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 import fedssl
+from fedssl.errors import TooFewRepliesError
 from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.server import Server
@@ -129,3 +130,23 @@ def test_a_late_client_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest
     assert 1 <= len(late) <= 3
     assert row["metrics"]["failures"][0]["reason"] == "no reply within 1 s (federation.round_timeout)"
     assert [r["partition"] for r in rows(tmp_path / "run", "client")] == list(range(row["metrics"]["num_ok"]))
+
+
+def test_a_client_whose_evaluation_fails_is_in_the_rounds_row(tmp_path: Path) -> None:
+    """Among the failures, with its own reason; the counts are those of the training replies."""
+    config = small(tmp_path / "run", "strategy=local_only")
+    summary = fedssl.run(sabotaged(config, "raise in evaluation", round_num=2, partitions=[1, 3]))
+    assert summary["families"]["conv4_4"]["num_clients"] == 2
+    first, second = (row["metrics"] for row in rows(tmp_path / "run", "round"))
+    assert first["failures"] == []
+    assert (second["num_ok"], second["num_failed"]) == (4, 0)
+    reason = "evaluation: ClientError: during the strategy's client half: RuntimeError: no memory left"
+    assert second["failures"] == [{"partition": p, "kind": "failed", "reason": reason} for p in (1, 3)]
+
+
+def test_too_few_evaluations_end_the_run_with_a_row(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", "strategy=local_only")
+    with pytest.raises(TooFewRepliesError, match="no memory left"):
+        fedssl.run(sabotaged(config, "raise in evaluation", round_num=1, partitions=[0, 1, 3]))
+    (row,) = rows(tmp_path / "run", "round")
+    assert [failure["partition"] for failure in row["metrics"]["failures"]] == [0, 1, 3]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedssl.errors import PayloadError, TooFewRepliesError
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from fedssl.federation.records import Upload, family_state, load_state, num_bytes
-from fedssl.federation.roster import ask_roster
+from fedssl.federation.roster import Member, ask_roster
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.tracking import Progress, Tracker
@@ -27,14 +27,15 @@ log = logging.getLogger(__name__)
 
 
 Evaluations = dict[str, dict[str, float]]  # family -> metrics
+EVENTS = ("worker_died", "worker_stopped")  # the grid ran the task again; ended a late one that nobody waits for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A client that did not answer usably, or a worker that died under it."""
+    """A client that did not answer usably, or a worker that ended under it."""
 
     partition: int
-    kind: str  # failed | late | refused; worker_died where the grid ran the task again
+    kind: str  # failed | late | refused, or one of EVENTS
     reason: str
 
 
@@ -86,25 +87,25 @@ def gather(
     gathered = Gathered()
     if not messages:
         return gathered
-    partition_of = {member.node_id: member.partition_id for member in ask_roster(grid).values()}
+    members = {member.node_id: member for member in ask_roster(grid).values()}
     deadline = None if timeout is None else time.monotonic() + timeout
     ids = list(grid.push_messages(messages))
     waiting = {
-        message_id: partition_of[message.metadata.dst_node_id]
-        for message_id, message in zip(ids, messages, strict=True)
+        message_id: members[message.metadata.dst_node_id] for message_id, message in zip(ids, messages, strict=True)
     }
     gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
     usable: dict[int, Message] = {}
     while waiting and (deadline is None or time.monotonic() < deadline):
         for reply in grid.pull_messages(list(waiting)):
-            partition = waiting.pop(reply.metadata.reply_to_message_id)
+            member = waiting.pop(reply.metadata.reply_to_message_id)
+            partition = member.partition_id
             gathered.uplink_bytes += num_bytes(reply)
             on_reply(partition, reply)
             if reply.has_error():
                 gathered.failures.append(Failure(partition=partition, kind="failed", reason=str(reply.error.reason)))
                 continue
             try:
-                _check_sender(reply, partition)
+                _check_sender(reply, member)
                 check(reply)
             except PayloadError as error:
                 gathered.failures.append(Failure(partition=partition, kind="refused", reason=str(error)))
@@ -114,25 +115,25 @@ def gather(
         forget = getattr(grid, "forget", None)  # ours stop working for nobody; Flower's drop late replies themselves
         if forget is not None:
             forget(list(waiting))
-    for partition in waiting.values():
-        gathered.failures.append(
-            Failure(
-                partition=partition, kind="late", reason=f"no reply within {timeout:g} s (federation.round_timeout)"
-            )
-        )
+    for member in waiting.values():
+        reason = f"no reply within {timeout:g} s (federation.round_timeout)"
+        gathered.failures.append(Failure(partition=member.partition_id, kind="late", reason=reason))
     for event in grid.pop_events() if hasattr(grid, "pop_events") else []:
         for node_id in event.node_ids:
-            gathered.failures.append(Failure(partition=partition_of[node_id], kind=event.kind, reason=event.reason))
+            partition = members[node_id].partition_id
+            gathered.failures.append(Failure(partition=partition, kind=event.kind, reason=event.reason))
     gathered.failures.sort(key=lambda failure: failure.partition)
     gathered.replies = [usable[partition] for partition in sorted(usable)]
     return gathered
 
 
-def _check_sender(reply: Message, partition: int) -> None:
-    """Refuse an upload in another client's name; a reply without our header (a stock client half's) has no name."""
+def _check_sender(reply: Message, member: Member) -> None:
+    """Refuse an upload in the name of another client or family; one without our header (a stock client's) has none."""
     header = reply.content.config_records.get("header", ConfigRecord())
-    if (claimed := header.get("partition_id", partition)) != partition:
+    if (claimed := header.get("partition_id", member.partition_id)) != member.partition_id:
         raise PayloadError(f"it says it is of partition {claimed!r}")
+    if (family := header.get("family", member.family)) != member.family:
+        raise PayloadError(f"it says it is of family {family!r}, this client's is {member.family!r}")
 
 
 class Rounds:
@@ -220,24 +221,28 @@ class Rounds:
             timeout=self.setup.federation.round_timeout,
             on_reply=self._show_reply,
         )
-        self._name_failures(round_num, gathered)
-        self._demand_replies(round_num, len(messages), gathered)
-        seconds = {"seconds_clients": time.monotonic() - started}
+        self._name_failures(round_num, gathered.failures)
+        unevaluated: list[Failure] = []
+        try:
+            self._demand_replies(round_num, len(messages), gathered)
+            seconds = {"seconds_clients": time.monotonic() - started}
 
-        self.progress.phase("aggregating")
-        aggregating = time.monotonic()
-        arrays, learned = self.strategy.aggregate_train(round_num, gathered.replies)
-        state = replace(state, arrays=state.arrays if arrays is None else arrays)
-        seconds["seconds_aggregation"] = time.monotonic() - aggregating
+            self.progress.phase("aggregating")
+            aggregating = time.monotonic()
+            arrays, learned = self.strategy.aggregate_train(round_num, gathered.replies)
+            state = replace(state, arrays=state.arrays if arrays is None else arrays)
+            seconds["seconds_aggregation"] = time.monotonic() - aggregating
 
-        self.progress.phase("evaluating")
-        evaluating = time.monotonic()
-        evaluation = state.progressed.evaluation
-        client_metrics: dict[int, dict[str, float]] = {}
-        if round_num % self.setup.evaluation.every == 0 or round_num == self.setup.federation.num_rounds:
-            evaluation, client_metrics = self._evaluate(round_num, state.arrays)
-            state.progressed.global_model = not client_metrics
-        seconds["seconds_evaluation"] = time.monotonic() - evaluating
+            self.progress.phase("evaluating")
+            evaluating = time.monotonic()
+            evaluation, global_model = state.progressed.evaluation, state.progressed.global_model
+            client_metrics: dict[int, dict[str, float]] = {}
+            if round_num % self.setup.evaluation.every == 0 or round_num == self.setup.federation.num_rounds:
+                evaluation, client_metrics = self._evaluate(round_num, state.arrays, unevaluated)
+                global_model = not client_metrics
+            seconds["seconds_evaluation"] = time.monotonic() - evaluating
+        finally:  # a round that ends the run has this row, too
+            self._write_round_row(round_num, gathered, unevaluated)
 
         self._write_client_rows(round_num, gathered.replies, client_metrics)
         seconds["seconds"] = time.monotonic() - started
@@ -247,7 +252,7 @@ class Rounds:
             "downlink_bytes": gathered.downlink_bytes,
             **seconds,
         }
-        state = self._keep(state, round_num, gathered, evaluation, server_row)
+        state = self._keep(state, round_num, gathered, evaluation, global_model, server_row)
         self.progress.round_finished(round_num, self._line(len(messages), gathered, server_row, evaluation))
         return state
 
@@ -255,29 +260,30 @@ class Rounds:
     def _show_reply(self, partition: int, reply: Message) -> None:
         self.progress.client_finished(partition, self.setup.family(partition), _loss(reply))
 
-    def _name_failures(self, round_num: int, gathered: Gathered) -> None:
-        self.tracker.row(
-            round_num,
-            "round",
-            {
-                "num_ok": len(gathered.replies),
-                "num_failed": gathered.count("failed"),
-                "num_late": gathered.count("late"),
-                "num_refused": gathered.count("refused"),
-                "failures": [vars(failure) for failure in gathered.failures],
-            },
-        )
-        for failure in gathered.failures:
-            again = "; the task ran again" if failure.kind == "worker_died" else ""
+    def _name_failures(self, round_num: int, failures: Iterable[Failure]) -> None:
+        for failure in failures:
+            if failure.kind in EVENTS:
+                head = f"{failure.kind.replace('_', ' ')} under partition {failure.partition} in round {round_num}"
+            else:
+                head = f"client {failure.kind} in round {round_num}, partition {failure.partition}"
             log.warning(
-                "client %s in round %d, partition %d: %s%s\nReplay it in this process: %s",
-                failure.kind,
-                round_num,
-                failure.partition,
+                "%s: %s%s\nReplay it in this process: %s",
+                head,
                 failure.reason,
-                again,
+                "; the task ran again" if failure.kind == "worker_died" else "",
                 self.replay_hint.format(round=round_num, partition=failure.partition),
             )
+
+    def _write_round_row(self, round_num: int, gathered: Gathered, unevaluated: Iterable[Failure]) -> None:
+        """The numbers are those of the training replies alone; `failures` has the evaluation's at its end."""
+        row = {
+            "num_ok": len(gathered.replies),
+            "num_failed": gathered.count("failed"),
+            "num_late": gathered.count("late"),
+            "num_refused": gathered.count("refused"),
+            "failures": [vars(failure) for failure in (*gathered.failures, *unevaluated)],
+        }
+        self.tracker.row(round_num, "round", row)
 
     def _demand_replies(self, round_num: int, num_messages: int, gathered: Gathered) -> None:
         needed = self.setup.federation.min_replies
@@ -290,15 +296,20 @@ class Rounds:
             )
 
     def _evaluate(
-        self, round_num: int, arrays: ArrayRecord
+        self, round_num: int, arrays: ArrayRecord, unevaluated: list[Failure]
     ) -> tuple[dict[str, dict[str, float]], dict[int, dict[str, float]]]:
-        """Probe the global models; where the strategy asks its clients instead, theirs."""
+        """Probe the global models; where the strategy asks its clients instead, theirs.
+
+        What goes wrong then is added to `unevaluated`.
+        """
         messages = list(self.strategy.configure_evaluate(round_num, arrays, ConfigRecord(), self.grid))
         if not messages:
             return self._evaluate_global(round_num, arrays), {}
         gathered = gather(self.grid, messages, check=lambda reply: None, timeout=self.setup.federation.round_timeout)
         for failure in gathered.failures:
             log.warning("evaluation of partition %d %s: %s", failure.partition, failure.kind, failure.reason)
+            kind = failure.kind if failure.kind in EVENTS else "failed"
+            unevaluated.append(replace(failure, kind=kind, reason=f"evaluation: {failure.reason}"))
         self._demand_replies(round_num, len(messages), gathered)
         lists = self.strategy.aggregate_evaluate(round_num, gathered.replies)
         evaluation: Evaluations = {}
@@ -341,6 +352,7 @@ class Rounds:
         round_num: int,
         gathered: Gathered,
         evaluation: dict[str, dict[str, float]],
+        global_model: bool,
         server_row: dict[str, Any],
     ) -> State:
         before = state.progressed
@@ -354,6 +366,7 @@ class Rounds:
             server_row=server_row,
             failed_rounds=before.failed_rounds + ([round_num] if gathered.failures else []),
             evaluation=evaluation,
+            global_model=global_model,
         )
         self.checkpoints.save(state.arrays, self._strategy_state(), progressed)
         self.tracker.row(round_num, "server", server_row)
