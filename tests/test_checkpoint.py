@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, DataError
 from fedssl.federation import checkpoint as checkpoint_module
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from tests.federation_helpers import assert_same, numpy_of, tree_hash
@@ -127,6 +127,21 @@ def test_what_is_loaded_may_change_without_the_checkpoint(tmp_path: Path) -> Non
     counters.server_row["loss"] = 7
     assert tree_hash(tmp_path) == before
     assert_same(numpy_of(checkpoints.load(1)[0]), numpy_of(ARRAYS))
+
+
+@pytest.mark.parametrize("name", ["arrays.safetensors", "strategy.safetensors", "progress.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(ARRAYS, {"m": torch.zeros(2)}, progressed(1))
+    path = tmp_path / "00001" / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if damage == "cut" else b"")
+    with pytest.raises(DataError, match=r"missing or damaged.*delete .*00001 to go on") as caught:
+        checkpoints.load(1)
+    assert str(path) in str(caught.value)
 
 
 def test_none_kept_is_refused(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 import fedssl
-from fedssl.errors import TooFewRepliesError
+from fedssl.errors import ConfigError, TooFewRepliesError
 from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.server import Server
@@ -93,6 +94,31 @@ def test_the_clients_memory_can_live_elsewhere(tmp_path: Path) -> None:
     fedssl.run(small(tmp_path / "run", "strategy=local_only", f"client.store={tmp_path / 'store'}", "evaluate.every=9"))
     assert not (tmp_path / "run" / "clients").exists()
     assert ClientStore(tmp_path / "store").versions(3) == [1, 2]
+
+
+def test_two_runs_never_share_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a resumed run look for it elsewhere: the saved path is absolute."""
+    monkeypatch.chdir(tmp_path)
+    overrides = ("strategy=local_only", "client.store=store", "evaluate.every=9", "federation.num_rounds=1")
+    fedssl.run(small(tmp_path / "first", *overrides))
+    saved = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert saved["client"]["store"] == str(tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"client\.store=.*store is not empty"):
+        fedssl.run(small(tmp_path / "second", *overrides))
+    assert not (tmp_path / "second").exists()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved["federation"]["num_rounds"] = 2
+    assert simulation.resume(saved, tmp_path / "first")["rounds"] == 2
+    assert ClientStore(tmp_path / "store").versions(0) == [1, 2]
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = small(tmp_path / "run", "strategy=local_only", f"client.store={tmp_path / 'file' / 'store'}")
+    with pytest.raises(ConfigError, match=r"client\.store=.*store cannot be written: Not a directory"):
+        fedssl.run(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_seconds_add_up_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,12 @@ def test_a_failure_of_the_server_is_a_failed_run(tmp_path: Path, monkeypatch: py
     assert (summary_of(tmp_path / "run")["status"], summary_of(tmp_path / "run")["rounds"]) == ("failed", 0)
 
 
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run_dir=.*run cannot be written: Not a directory"):
+        fedssl.run(small(tmp_path / "file" / "run", *FLESD))
+
+
 # --- kill and resume ---
 KILLED = """
 import json, os, signal, sys
@@ -246,6 +252,7 @@ def test_kill_9_and_resume_equals_a_run_that_was_left_alone(when: str, flesd: Pa
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not (run_dir / "summary.json").exists()
     before = Checkpoints(run_dir / "checkpoints", keep=2).rounds()
     assert before == {"during round 2": [0, 1], "before the first checkpoint": []}.get(when, before)
     simulation.resume(config, run_dir)
@@ -263,6 +270,7 @@ def test_a_resumed_client_does_not_see_its_own_future(tmp_path: Path) -> None:
     config = sabotaged(config, "interrupt", round_num=2, partitions=[2], marker=str(tmp_path / "interrupted"))
     with pytest.raises(KeyboardInterrupt):
         fedssl.run(config)
+    assert (summary_of(tmp_path / "run")["status"], summary_of(tmp_path / "run")["rounds"]) == ("stopped", 1)
     assert [ClientStore(tmp_path / "run" / "clients").versions(p) for p in range(4)] == [[1, 2], [1, 2], [1], [1]]
     simulation.resume(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "straight")
@@ -291,9 +299,21 @@ def test_max_seconds_stops_before_a_round_and_resume_goes_on(
     assert_same_run(tmp_path / "run", flesd)
 
 
-def test_a_longer_run_is_the_shorter_one_gone_on(flesd: Path, tmp_path: Path) -> None:
+def test_a_longer_run_is_the_shorter_one_gone_on(flesd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its resume on it has not completed, whatever the shorter one did."""
     one = small(tmp_path / "run", *FLESD, "federation.num_rounds=1")
     assert fedssl.run(one)["rounds"] == 1
+    assert summary_of(tmp_path / "run")["status"] == "completed"
+
+    def broken(*_: Any, **__: Any) -> Any:
+        assert not (tmp_path / "run" / "summary.json").exists()  # what a kill would leave
+        raise fedssl.errors.FedSSLError("no grid today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedssl.federation.grids.in_process.InProcess.open", broken)
+        with pytest.raises(fedssl.errors.FedSSLError, match="no grid today"):
+            simulation.resume(small(tmp_path / "run", *FLESD), tmp_path / "run")
+    assert (summary_of(tmp_path / "run")["status"], summary_of(tmp_path / "run")["rounds"]) == ("failed", 1)
     simulation.resume(small(tmp_path / "run", *FLESD), tmp_path / "run")
     assert_same_run(tmp_path / "run", flesd)
 
@@ -344,6 +364,20 @@ def test_what_cannot_be_replayed(flesd: Path, tmp_path: Path) -> None:
     assert tree_hash(flesd) == before
 
 
+def test_a_strategy_without_clients_has_no_task_to_replay(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="strategy=public_only asks no client to do anything"):
+        simulation.replay(small(None, "strategy=public_only"), tmp_path, round_num=1, partition_id=0)
+
+
+def test_a_damaged_checkpoint_is_named_on_resume(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fedssl.run(small(run_dir, "strategy=fedavg", "federation.num_rounds=1", "evaluate.every=9"))
+    path = run_dir / "checkpoints" / "00001" / "arrays.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"00001/arrays.safetensors is missing or damaged"):
+        simulation.resume(small(run_dir, "strategy=fedavg"), run_dir)
+
+
 # --- public sets ---
 def test_a_clients_shard_as_public_set(tmp_path: Path) -> None:
     """Partition 0 counts among the four and never trains."""
@@ -368,7 +402,7 @@ def test_the_report_family_has_a_client_that_trains(family: str, refused: bool) 
     assert setup.report_family == "conv4_2"
     named = Setup(small(None, *overrides, f"federation.report_family={family}"))
     if refused:
-        with pytest.raises(ConfigError, match="report_family=conv4_4 has no client that trains.*are conv4_2, tiny"):
+        with pytest.raises(ConfigError, match=r"report_family=conv4_4 has no client that trains.*are conv4_2, tiny"):
             named.check()
     else:
         named.check()
@@ -389,7 +423,7 @@ def test_one_image_is_too_few(overrides: tuple[str, ...], message: str) -> None:
 
 def test_the_private_data_set_is_no_public_one() -> None:
     same = ("public=dataset", "public.data=digits", "public.image_size=16")
-    with pytest.raises(ConfigError, match="public.data=digits is the private data set itself.*public=held_out"):
+    with pytest.raises(ConfigError, match=r"public.data=digits is the private data set itself.*public=held_out"):
         Setup(small(None, *FLESD, *same)).check()
 
 

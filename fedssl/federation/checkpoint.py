@@ -3,19 +3,22 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -72,11 +75,16 @@ class Checkpoints:
         partial.replace(final)
 
     def load(self, round_num: int) -> tuple[ArrayRecord, dict[str, Tensor], Progressed]:
-        """Arrays, the strategy's state and counters after `round_num`."""
+        """Arrays, the strategy's state and counters after `round_num`.
+
+        Raises:
+            DataError: a file is missing or damaged; the message names it.
+        """
         folder = self._folder(round_num)
-        arrays = ArrayRecord({name: Array(value) for name, value in load_file(folder / "arrays.safetensors").items()})
-        progressed = Progressed(**json.loads((folder / "progress.json").read_text()))
-        return arrays, load_tensors(folder / "strategy.safetensors"), progressed
+        arrays = _read(folder / "arrays.safetensors", load_file)
+        strategy_state = _read(folder / "strategy.safetensors", load_tensors)
+        progressed = _read(folder / "progress.json", lambda path: Progressed(**json.loads(path.read_text())))
+        return ArrayRecord({name: Array(value) for name, value in arrays.items()}), strategy_state, progressed
 
     def prune(self, failed_rounds: list[int]) -> int:
         """Delete what neither `resume` nor a replay of a failed round needs; returns the oldest round kept."""
@@ -94,3 +102,13 @@ class Checkpoints:
 
     def _partial(self, round_num: int) -> Path:
         return self.root / f".partial-{round_num:05d}"
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the checkpoint's file {path} is missing or damaged ({error}). Restore it, or delete {path.parent} to go "
+            f"on from the checkpoint before it; without any, the run starts anew."
+        ) from error

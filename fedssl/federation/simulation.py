@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedssl.config import instantiate
+from fedssl.config import check_values, instantiate
 from fedssl.errors import ConfigError
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client_app import make_client_app
@@ -50,11 +51,15 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
             f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
         )
     config = copy.deepcopy(dict(config))
+    check_values(config)
+    if moved := config["client"].get("store"):
+        config["client"]["store"] = str(Path(moved).expanduser().absolute())  # wherever the run is resumed
+        _claim_store(Path(config["client"]["store"]))
     setup = Setup(config)
     setup.check()
     strategy = build_strategy(setup)
     config["federation"]["report_family"] = setup.report_family  # the one that was chosen, for those who read the run
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make_writable(run_dir, "run_dir")
     write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     setup.data.save(run_dir / "partition.npz")
     write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
@@ -70,6 +75,9 @@ def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
     Returns, Raises: as `run`. A data set that is not the one the run began with is a `ConfigError`.
     """
+    _make_writable(run_dir, "resume")
+    if moved := config["client"].get("store"):
+        _make_writable(Path(moved), "client.store")
     setup = Setup(config, run_dir)
     setup.check()
     strategy = build_strategy(setup)
@@ -100,6 +108,11 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
     """
     setup = Setup(config, run_dir)
     setup.check()
+    if _client_half(setup) is None:
+        raise ConfigError(
+            f"strategy={config['strategy']['name']} asks no client to do anything, so there is no client's task to "
+            f"replay in {run_dir}."
+        )
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
     replayable = [r + 1 for r in checkpoints.rounds() if r < setup.federation.num_rounds]
     if round_num not in replayable:
@@ -150,6 +163,27 @@ def store_root(config: Mapping[str, Any], run_dir: Path) -> Path:
     return Path(moved) if moved else run_dir / "clients"
 
 
+def _claim_store(folder: Path) -> None:
+    """Refuse a folder with the memory of another run: this run's clients would read it as their own."""
+    _make_writable(folder, "client.store")
+    if any(folder.iterdir()):
+        raise ConfigError(
+            f"client.store={folder} is not empty, so it may hold what the clients of another run remember. Choose "
+            f"another folder for each run (in a sweep, leave client.store out), or go on with the other run by resume="
+        )
+
+
+def _make_writable(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder} cannot be written: {error.strerror or error}. Name a folder in which files may be made."
+        ) from error
+
+
 def load_client_app(config: Mapping[str, Any], run_dir: Path) -> Any:
     """The `ClientApp` of a run, built where the clients run (a Ray worker imports this by name)."""
     setup = Setup(config, run_dir)
@@ -160,12 +194,11 @@ def load_client_app(config: Mapping[str, Any], run_dir: Path) -> Any:
 def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
     """The configured grid; a strategy without client half needs none, so it does not wait for Ray to start."""
     config = setup.config
-    if config["strategy"]["client"] is None or config["grid"]["_target_"].endswith("InProcess"):
-        settings = InProcess()
+    settings = InProcess() if config["strategy"]["client"] is None else instantiate(config["grid"])
+    if isinstance(settings, InProcess):
         app = make_client_app(setup, _client_half(setup), ClientStore(store_root(config, run_dir)))
         load_app = lambda: app  # noqa: E731
     else:
-        settings = instantiate(config["grid"])
         load_app = partial(load_client_app, dict(config), run_dir.resolve())
     grid = settings.open(
         load_app,
@@ -178,15 +211,31 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
 
 
 def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]:
-    started = time.monotonic()
-    config, federation = setup.config, setup.federation
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=federation.keep_checkpoints)
-    store = ClientStore(store_root(config, run_dir))
+    """From the newest checkpoint, or the start, to the summary; a run that is killed on the way has none."""
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
     state: State | None = None
     if rounds := checkpoints.rounds():
         arrays, strategy_state, progressed = checkpoints.load(rounds[-1])
         _restore(strategy, strategy_state)
         state = State(arrays=arrays, progressed=progressed)
+    (run_dir / "summary.json").unlink(missing_ok=True)  # of the sitting before
+    try:
+        state, status = _work(setup, strategy, run_dir, checkpoints, state)
+    except (Exception, KeyboardInterrupt) as error:
+        if rounds := checkpoints.rounds():
+            arrays, _, progressed = checkpoints.load(rounds[-1])
+            newest = State(arrays=arrays, progressed=progressed)
+            _finish(setup, run_dir, newest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    return _finish(setup, run_dir, state, status)
+
+
+def _work(
+    setup: Setup, strategy: Strategy, run_dir: Path, checkpoints: Checkpoints, state: State | None
+) -> tuple[State, str]:
+    """The rounds after `state` (None: all, and the initial evaluation); returns the last state and how it ended."""
+    started = time.monotonic()
+    config, federation = setup.config, setup.federation
     title = f"{config['strategy']['name']} on {config['data']['name']}"
     max_seconds = config.get("max_seconds")
     with contextlib.ExitStack() as stack:
@@ -207,19 +256,13 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]
             tracker=tracker,
             progress=progress,
             checkpoints=checkpoints,
-            store=store,
+            store=ClientStore(store_root(config, run_dir)),
             replay_hint=f"fedssl replay.run={run_dir} replay.round={{round}} replay.partition={{partition}}",
         )
         strategy.summary()
         deadline = None if max_seconds is None else started + float(max_seconds)
         state = state or loop.initialise(setup.server().initial_arrays(), started)
-        try:
-            state, status = loop.run(state, deadline=deadline)
-        except Exception:
-            newest = checkpoints.load(checkpoints.rounds()[-1])
-            _finish(setup, run_dir, State(arrays=newest[0], progressed=newest[2]), "failed")
-            raise
-    return _finish(setup, run_dir, state, status)
+        return loop.run(state, deadline=deadline)
 
 
 def _finish(setup: Setup, run_dir: Path, state: State, status: str) -> dict[str, Any]:
