@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.records import Upload, model_state
+from fedssl.federation.records import Upload
 from fedssl.federation.server import Server, read_uploads
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class LocalOnlyClient:
             model = client.remembered(family)
             trained = client.train(model, epochs=self.local_epochs)
             metrics |= trained if family == client.family else {f"report_{name}": v for name, v in trained.items()}
-            client.memory |= {f"{family}/{name}": value.cpu() for name, value in model_state(model).items()}
+            client.remember(model, family)
         return client.upload({}, metrics, codec="none")
 
     def evaluate(self, client: Client, broadcast: Broadcast) -> dict[str, float]:

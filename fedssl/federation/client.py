@@ -16,7 +16,7 @@ from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Evaluator
-from fedssl.federation.records import Header, Upload, family_state, load_state
+from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
 from fedssl.methods import Method
 from fedssl.models import Model
 from fedssl.seeding import derive_seed, generator
@@ -106,6 +106,10 @@ class Client:
         if state:
             load_state(model, state)
         return model.to(self.device)
+
+    def remember(self, model: Model, family: str) -> None:
+        """Keep a copy of `model` for this client's next round, as the one of `family`."""
+        self.memory |= {f"{family}/{name}": value.to("cpu", copy=True) for name, value in model_state(model).items()}
 
     def untrained(self) -> Model:
         """A model of this client's family that has seen no image, initialised by a seed of this client's own."""
