@@ -80,14 +80,14 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     """
     choices = {str(group): choice for group, choice in hydra_config.runtime.choices.items()}
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    _check_complete(config)
+    _check_groups(config)
     search_path = [o for o in hydra_config.overrides.hydra if o.split("=")[0] == "hydra.searchpath"]  # a user's folder
     if choices.get("experiment") is not None:
         _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task), search_path)
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    for key in ("resume", "replay"):
-        del resolved[key]  # said to the command, no part of a run
+    for key in SAID_TO_THE_COMMAND:
+        del resolved[key]
     resolved["strategy"]["name"] = choices["strategy"]
     public, evaluate = resolved["public"], resolved["evaluate"]
     if "data" in public:
@@ -156,8 +156,11 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 # What the keys are that no `_target_` takes.
-TOP_LEVEL: dict[str, Any] = {"seed": int, "device": str, "max_seconds": float | None, "run_dir": str | None}
+TOP_LEVEL: dict[str, Any] = {"seed": int, "device": str, "max_seconds": float | None, "run_dir": str}
+SAID_TO_THE_COMMAND = ("resume", "replay")  # no part of a run
 CLIENT_STORE = {"store": str | None}
+STRATEGY = ("name", "client", "server")
+MAX_SEED = 2**63 - 1
 GROUPS = (
     "views", "data", "partition", "public", "models", "projector", "method", "client", "codec", "ensemble", "distill",
     "strategy", "federation", "evaluate", "grid",
@@ -174,16 +177,41 @@ def check_values(config: Mapping[str, Any]) -> None:
         config: a whole resolved configuration.
 
     Raises:
-        ConfigError: a value of another type, a target that cannot be imported, or no value at all.
+        ConfigError: a key that nothing reads, a value of another type, a target that cannot be imported, or no value
+            at all.
     """
-    _check_complete(config)
+    _check_groups(config)
     _check_node({"data": config["data"], **config}, "", TOP_LEVEL)  # its image_size is repeated in others
+    if not 0 <= config["seed"] <= MAX_SEED:
+        raise ConfigError(f"seed must be between 0 and {MAX_SEED} (2**63 - 1), got {config['seed']}")
 
 
-def _check_complete(config: Mapping[Any, Any]) -> None:
+def _check_groups(config: Mapping[Any, Any]) -> None:
+    """Every group is there, nothing besides, and every node says by `_target_` what to build."""
     missing = [key for key in (*TOP_LEVEL, *GROUPS) if key not in config]
     if missing:
         raise ConfigError(f"the configuration has no {', '.join(missing)}: conf/config.yaml lists what a run needs.")
+    known = (*TOP_LEVEL, *GROUPS, *SAID_TO_THE_COMMAND)
+    for key in config:
+        if key not in known:
+            raise ConfigError(_unknown_key(str(key), str(key), known))
+    for group in GROUPS:
+        node = config[group]
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"{group} must be a mapping, as in the files of conf/{group}, got {node!r}")
+        if group not in ("models", "strategy") and "_target_" not in node:
+            raise ConfigError(
+                f"{group} has no _target_, the Python path of what to build: see the files of conf/{group}"
+            )
+    strategy = config["strategy"]
+    for key in strategy:
+        if key not in STRATEGY:
+            raise ConfigError(_unknown_key(f"strategy.{key}", str(key), STRATEGY))
+    for half in ("client", "server"):
+        if half not in strategy:
+            raise ConfigError(
+                f"strategy has no {half}: see the files of conf/strategy (client: null where none trains)"
+            )
 
 
 def _check_node(node: Mapping[str, Any], where: str, annotations: Mapping[str, Any]) -> None:

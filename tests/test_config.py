@@ -168,6 +168,37 @@ def test_values_of_the_right_type_pass(key: str, value: object) -> None:
     check_values(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"foo": 1}, r"^there is no key foo\. There are seed, device, "),
+        ({"sed": 1}, r"^there is no key sed\. Did you mean seed\?"),
+        ({"data": {}}, r"^data has no _target_"),
+        ({"codec": None}, r"^codec must be a mapping, as in the files of conf/codec, got None"),
+        ({"strategy": {"name": "x", "client": None}}, r"^strategy has no server"),
+        ({"strategy": {"name": "x", "server": {}}}, r"^strategy has no client"),
+        ({"strategy": {"client": None, "server": {}, "foo": 1}}, r"^there is no key strategy\.foo\."),
+        ({"run_dir": None}, r"^run_dir must be text, got null"),
+        ({"seed": -1}, r"^seed must be between 0 and 9223372036854775807 .*, got -1"),
+        ({"seed": 2**63}, r"^seed must be between 0 and 9223372036854775807 .*, got 9223372036854775808"),
+        ({"seed": None}, r"^seed must be a whole number, got null"),
+    ],
+)
+def test_a_mapping_made_in_python_is_held_to_the_same(change: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_values({**compose(), **change})
+
+
+def test_no_configuration_at_all_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^the configuration has no seed, device, max_seconds, run_dir, views, data"):
+        check_values({})
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_the_ends_of_the_range_of_seeds_pass(seed: int) -> None:
+    check_values({**compose(), "seed": seed})
+
+
 def test_a_list_of_numbers_is_checked_item_by_item() -> None:
     with pytest.raises(ConfigError, match=r'views\.scale must be a list \[...\] of numbers, got \[0\.8, "big"\]'):
         check_values(compose(["views.scale=[0.8,big]"]))
