@@ -5,6 +5,7 @@ person who waits). Torch is imported only where it is used, so that `fedssl-repo
 """
 
 import json
+import logging
 import math
 import os
 import platform
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import wraps
 from importlib import metadata
@@ -363,6 +365,32 @@ class Progress:
     def _print(self, console: Screen, text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         console.file.flush()
+
+
+class _Notes(logging.Handler):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.note(self.format(record))
+
+
+@contextmanager
+def warnings_shown_by(progress: Progress) -> Iterator[None]:
+    """Inside, what `fedssl` and `strategies` warn of appears above the live display."""
+    handler = _Notes(progress)
+    loggers = [logging.getLogger(name) for name in ("fedssl", "strategies")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate
 
 
 def _short(value: float | int | str) -> str:

@@ -213,6 +213,21 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
         fedssl.run(small(tmp_path / "file" / "run", *FLESD))
 
 
+def test_a_read_only_run_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at once, and the run is as it was; whoever runs this test may be root, whom no mode stops."""
+    run_dir = tmp_path / "run"
+    fedssl.run(small(run_dir, "strategy=fedavg", "federation.num_rounds=1", "evaluate.every=9"))
+    before = tree_hash(run_dir)
+
+    def refuse(**_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(simulation.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"resume=.*run cannot be written: Permission denied"):
+        simulation.resume(small(run_dir, "strategy=fedavg"), run_dir)
+    assert tree_hash(run_dir) == before
+
+
 # --- kill and resume ---
 KILLED = """
 import json, os, signal, sys

@@ -353,6 +353,19 @@ def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
         assert any(not torch.equal(memory[f"conv4_4/{name}"], value) for name, value in initial.items())
 
 
+def test_what_a_client_remembers_is_a_copy() -> None:
+    """What is done to the model afterwards is not in it; another family has another model."""
+    client = Setup(small(None, "strategy=local_only")).client(2, 1)
+    model = client.remembered("tiny")
+    with torch.no_grad():
+        model.backbone.scale.fill_(7.0)
+        client.remember(model, "tiny")
+        model.backbone.scale.fill_(8.0)
+    assert model_state(client.remembered("tiny"))["backbone.scale"] == 7
+    initial, other = (model_state(m) for m in (client.build_model("conv4_4"), client.remembered("conv4_4")))
+    assert all(torch.equal(other[name], value) for name, value in initial.items())
+
+
 def test_local_only_reports_mean_and_range_over_its_clients(finished: Any) -> None:
     summary = json.loads((finished("local_only") / "summary.json").read_text())
     assert [summary["families"][family]["num_clients"] for family in FAMILIES] == [4, 1, 1]

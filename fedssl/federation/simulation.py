@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,9 +27,7 @@ from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
-from fedssl.tracking import Progress, Tracker, manifest, write_json, write_text
-
-log = logging.getLogger(__name__)
+from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,7 +239,7 @@ def _work(
         progress = stack.enter_context(
             Progress(federation.num_rounds, title=title, first_round=state.round_num + 1 if state else 1)
         )
-        stack.enter_context(_warnings_shown_by(progress))
+        stack.enter_context(warnings_shown_by(progress))
         stack.enter_context(torch_threads(federation.server_threads))
         tracker = stack.enter_context(Tracker(run_dir, offset=state.progressed.metrics_offset if state else 0))
         if state and state.round_num > 0:
@@ -333,29 +330,3 @@ def _digests(setup: Setup) -> dict[str, str]:
     train, test = setup.probe_data
     sets = {image_set.name: image_set.digest for image_set in (setup.train, train, test)}
     return {**sets, "public set": setup.public_set.fingerprint}
-
-
-class _Notes(logging.Handler):
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.WARNING)
-        self.progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.progress.note(self.format(record))
-
-
-@contextlib.contextmanager
-def _warnings_shown_by(progress: Progress) -> Iterator[None]:
-    """Inside, what `fedssl` and `strategies` warn of appears above the live display."""
-    handler = _Notes(progress)
-    loggers = [logging.getLogger(name) for name in ("fedssl", "strategies")]
-    before = [logger.propagate for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.propagate = False
-    try:
-        yield
-    finally:
-        for logger, propagate in zip(loggers, before, strict=True):
-            logger.removeHandler(handler)
-            logger.propagate = propagate
