@@ -26,6 +26,12 @@ from fedssl.errors import ConfigError, FedSSLError
 
 OK, BUG, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 4, 130
 
+# What is printed of summary.json.
+SUMMARY = {
+    "strategy", "data", "status", "rounds", "wall_seconds", "uplink_bytes", "downlink_bytes", "families",
+    "report_family",
+}  # fmt: skip
+
 # What a resume may change without changing what the run means.
 RESUMABLE = ("grid", "device", "data.root", "max_seconds", "federation.num_rounds")
 
@@ -92,6 +98,8 @@ def _compose_and_run(arguments: list[str]) -> int:
             raise ConfigError(
                 "run_dir= is for one run; a sweep numbers its runs under hydra.sweep.dir= (got both -m and run_dir=)"
             )
+        if _is_sweep(arguments):
+            _check_sweep_dir(arguments)
         command()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -122,6 +130,11 @@ def _resume(run_dir: Path, arguments: Sequence[str]) -> int:
     config = _saved_config(run_dir, "resume")
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     for override in overrides:
+        if override.startswith("-"):
+            raise ConfigError(
+                f"a resume takes no option {override}: it goes on with one run as {run_dir / 'config.yaml'} says; "
+                f"beside resume= it allows {', '.join(RESUMABLE)} (and grid.*)."
+            )
         key = override.split("=", 1)[0]
         if not any(key == allowed or (allowed == "grid" and key.startswith("grid.")) for allowed in RESUMABLE):
             raise ConfigError(
@@ -132,7 +145,7 @@ def _resume(run_dir: Path, arguments: Sequence[str]) -> int:
     _check_num_rounds(config, changed)
     summary_path = run_dir / "summary.json"
     if summary_path.exists():
-        summary = json.loads(summary_path.read_text())
+        summary = _saved_summary(summary_path)
         if summary["status"] == "completed" and summary["rounds"] >= changed["federation"]["num_rounds"]:
             _print_summary(summary, run_dir)
             return OK
@@ -189,19 +202,42 @@ def _report_errors(work: Callable[[], int]) -> int:
 
 
 def _finish(summary: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
-    from fedssl.report import write_run_report
-
-    write_run_report(run_dir, siblings)
+    _write_report(run_dir, siblings)
     _print_summary(summary, run_dir)
     return STOPPED if summary["status"] == "stopped" else OK
 
 
 def _rewrite_reports(runs: Sequence[Path]) -> None:
     """After a sweep's last job every report can show all of its siblings."""
-    from fedssl.report import write_run_report
-
     for run_dir in runs:
-        write_run_report(run_dir, [sibling for sibling in runs if sibling != run_dir])
+        _write_report(run_dir, [sibling for sibling in runs if sibling != run_dir])
+
+
+def _write_report(run_dir: Path, siblings: Sequence[Path]) -> None:
+    """A report that fails is no failure of the run: its figures are in the files that the report would have read."""
+    try:
+        from fedssl.report import write_run_report
+
+        write_run_report(run_dir, siblings)
+    except Exception as error:
+        print(
+            f"warning: the results of the run in {run_dir} are written, but its report could not be "
+            f"({type(error).__name__}: {error}); fedssl-report {run_dir} -o DIR tries again",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _check_sweep_dir(arguments: Sequence[str]) -> None:
+    """A sweep does not number its jobs over those of another."""
+    given = [argument for argument in arguments if argument.lstrip("+").startswith("hydra.sweep.dir=")]
+    if not given:
+        return  # the default names the time
+    folder = Path(str(OverridesParser.create().parse_overrides(given)[-1].value()))
+    jobs = sorted((path.name for path in folder.iterdir() if path.name.isdigit()), key=int) if folder.is_dir() else []
+    if jobs or (folder / "sweep.json").exists():
+        held = f"the jobs {', '.join(jobs)}" if jobs else "sweep.json"
+        raise ConfigError(f"hydra.sweep.dir={folder} holds {held} of an earlier sweep: choose another directory")
 
 
 def _record_sweep(sweep_dir: Path, jobs: Sequence[Mapping[str, Any]]) -> None:
@@ -215,7 +251,9 @@ def _print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:
     ended = [job for job in jobs if job["exit_code"] != OK]
     print(f"\nsweep: {len(jobs) - len(ended)} of {len(jobs)} jobs completed", flush=True)
     for job in ended:
-        print(f"  job {job['job']} ({' '.join(job['overrides'])}): exit code {job['exit_code']}", flush=True)
+        own = [o for o in job["overrides"] if any(o not in other["overrides"] for other in jobs)]
+        named = f" ({' '.join(own)})" if own else ""
+        print(f"  job {job['job']}{named}: exit code {job['exit_code']}", flush=True)
 
 
 def _print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
@@ -229,7 +267,8 @@ def _print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
         figures = "  ".join(f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name) is not None)
         head = " (report family)" if family == summary["report_family"] else ""
         print(f"  {family}{head}: {figures}")
-    print(f"  report: {run_dir / 'report.html'}", flush=True)
+    if (run_dir / "report.html").is_file():
+        print(f"  report: {run_dir / 'report.html'}", flush=True)
 
 
 def _value(arguments: Sequence[str], key: str) -> str | None:
@@ -262,6 +301,18 @@ def _saved_config(run_dir: Path, key: str) -> dict[str, Any]:
     if not isinstance(config, dict) or "federation" not in config:
         raise ConfigError(f"{path} is not the configuration of a run; {key}= names a directory that fedssl has made")
     return config
+
+
+def _saved_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        summary = None
+    if not isinstance(summary, dict) or not summary.keys() >= SUMMARY:
+        raise ConfigError(
+            f"{path} is damaged. Delete it: a resume goes on from the newest checkpoint and writes it anew."
+        )
+    return summary
 
 
 def _apply(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

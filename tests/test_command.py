@@ -310,6 +310,22 @@ def test_a_run_prints_its_figures_and_python_computes_the_same(command: Command,
     assert saved == {**config, "run_dir": "run"}
 
 
+def test_a_report_that_fails_is_a_warning(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no such figure")
+
+    monkeypatch.setattr("fedssl.report.write_run_report", fails)
+    ended = command(*small("run_dir=run", "strategy=public_only", "federation.num_rounds=1"))
+    assert ended.code == 0
+    assert ended.err.startswith(
+        "warning: the results of the run in run are written, but its report could not be (ValueErr"
+    )
+    assert "no such figure" in ended.err
+    assert "completed after 1 rounds" in ended.out
+    assert "report.html" not in ended.out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+
+
 def test_clients_that_raise_end_the_run_with_code_3(command: Command, tmp_path: Path) -> None:
     (tmp_path / "quitters.py").write_text(
         "from strategies.fedavg import FedAvgClient\n\n"
@@ -409,7 +425,9 @@ def test_a_completed_run_is_not_run_again(command: Command, finished: Path) -> N
         (["strategy=fedavg"], ["strategy=fedavg would change what the run", "grid, device, data.root", "config.yaml"]),
         (["client.local_epochs=3"], ["client.local_epochs=3 would change"]),
         (["seed=1"], ["seed=1 would change"]),
-        (["-m"], ["-m would change"]),
+        (["-m"], ["a resume takes no option -m: it goes on with one run as ", "config.yaml says; beside resume="]),
+        (["--cfg", "job"], ["a resume takes no option --cfg:"]),
+        (["--config-dir", "mine"], ["a resume takes no option --config-dir:"]),
         (["federation.num_rounds=0"], ["federation.num_rounds can only grow on a resume: it is 1, got 0"]),
         (["federation.num_rounds=many"], ['federation.num_rounds must be a whole number, got "many"']),
         (["federation.num_rounds=2,3"], ["federation.num_rounds=2,3", "one value"]),
@@ -438,6 +456,16 @@ def test_rounds_cannot_be_added_to_a_schedule_over_rounds(command: Command, tmp_
     ended = command("resume=run", "federation.num_rounds=2")
     assert ended.code == 2
     assert "cannot grow from 1 to 2: client.optimisation.schedule=cosine_rounds" in ended.err
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "comp', '{"status": "completed", "rounds": 1}', "[1]"])
+def test_a_damaged_summary_is_named(command: Command, finished: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text((finished / "config.yaml").read_text())
+    (tmp_path / "run" / "summary.json").write_text(content)
+    ended = command("resume=run")
+    assert ended.code == 2
+    assert ended.err.startswith("error: run/summary.json is damaged. Delete it: a resume goes on from")
 
 
 @pytest.mark.parametrize("content", ["", "a: [", "just: this"])
@@ -485,6 +513,8 @@ def test_a_sweep_records_the_job_it_refuses_and_runs_the_others(command: Command
     assert ended.code == 2
     assert ended.err.count("error: federation.cohort_size must be between") == 2
     assert "sweep: 2 of 4 jobs completed" in ended.out
+    # named by what tells it from the others, without what all jobs share
+    assert "  job 2 (federation.cohort_size=9 strategy=fedavg): exit code 2\n" in ended.out
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
     assert [(job["job"], job["exit_code"]) for job in jobs] == [(0, 0), (1, 0), (2, 2), (3, 2)]
     assert "strategy=public_only" in jobs[1]["overrides"]
@@ -494,6 +524,22 @@ def test_a_sweep_records_the_job_it_refuses_and_runs_the_others(command: Command
         run_dir = tmp_path / "sweep" / str(number)
         assert json.loads((run_dir / "summary.json").read_text())["strategy"] == own
         assert sibling in (run_dir / "report.html").read_text()  # the first one too: rewritten after the last job
+    before = tree_hash(tmp_path / "sweep")
+    again = command("-m", *overrides, "hydra.sweep.dir=sweep")
+    assert (again.code, again.out) == (2, "")
+    assert again.err == (
+        "error: hydra.sweep.dir=sweep holds the jobs 0, 1 of an earlier sweep: choose another directory\n"
+    )
+    assert tree_hash(tmp_path / "sweep") == before
+
+
+def test_a_sweep_of_refused_jobs_alone_keeps_its_record(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text('{"jobs": []}')
+    ended = command("-m", *small("seed=1,2"), "hydra.sweep.dir=sweep")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: hydra.sweep.dir=sweep holds sweep.json of an earlier sweep")
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
 
 
 @pytest.mark.parametrize("bad", ["strategy=fedavg,fedsgd", "federation.num_round=1,2"])
