@@ -13,7 +13,7 @@ import torch
 from fedssl.config import check_values, instantiate
 from fedssl.data.federated import FederatedData, federate
 from fedssl.data.images import ImageSet
-from fedssl.data.public import Dataset, PublicSet
+from fedssl.data.public import ClientShard, Dataset, PublicSet
 from fedssl.data.sources import Source
 from fedssl.data.views import Views
 from fedssl.errors import ConfigError
@@ -127,14 +127,16 @@ class Setup:
     @cached_property
     def report_family(self) -> str:
         """The family whose figures head the report."""
-        training = list(dict.fromkeys(self.family(p) for p in self.data.training_partitions))
+        first = 1 if isinstance(instantiate(self.config["public"]), ClientShard) else 0  # known without the images
+        trainers = range(first, self.federation.num_clients)
+        training = list(dict.fromkeys(self.family(p) for p in trainers))
         chosen = self.federation.report_family
         if chosen is None:
             return max(training, key=lambda family: num_parameters(self.build_model(family).backbone))
         if chosen not in training:
             raise ConfigError(
                 f"federation.report_family={chosen} has no client that trains: of num_clients="
-                f"{self.federation.num_clients} clients, {len(self.data.training_partitions)} train, and their "
+                f"{self.federation.num_clients} clients, {len(trainers)} train, and their "
                 f"families are {', '.join(training)}. Choose one of these as federation.report_family, or leave it "
                 f"null for the largest."
             )
