@@ -590,11 +590,10 @@ def test_what_is_printed_is_what_is_run(command: Command) -> None:
 
 
 def test_what_is_printed_is_what_is_run_from_a_folder_of_ones_own(command: Command, tmp_path: Path) -> None:
-    """A preset, the partition it chooses and the public images it names: none of them is in fedssl's conf/."""
+    """A preset, the partition it chooses and the probe data it names: none of them is in fedssl's conf/."""
     files = {
         "experiment/mine.yaml": (
-            "# @package _global_\ndefaults:\n  - override /partition: mine\n  - override /public: dataset\n"
-            "public:\n  data: letters\n  size: 24\n"
+            "# @package _global_\ndefaults:\n  - override /partition: mine\nevaluate:\n  data: letters\n"
         ),
         "partition/mine.yaml": "_target_: fedssl.data.partition.Dirichlet\nalpha: 9\nmin_size: 8\n",
         "data/letters.yaml": (conf_dir() / "data" / "digits.yaml").read_text(),
@@ -602,13 +601,13 @@ def test_what_is_printed_is_what_is_run_from_a_folder_of_ones_own(command: Comma
     for name, text in files.items():
         (tmp_path / "yaml" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "yaml" / name).write_text(text)
-    shorter = small("federation.num_rounds=1", "strategy=public_only", "experiment=mine", "evaluate.data=letters")
+    shorter = small("federation.num_rounds=1", "strategy=public_only", "experiment=mine")
     overrides = [override for override in shorter if not override.startswith("partition=")]
     printed = command("--cfg", "job", "--resolve", "--config-dir", "yaml", *overrides, "run_dir=run")
     assert (printed.code, printed.err) == (0, "")
     config = yaml.safe_load(printed.out)
     assert config["partition"]["alpha"] == 9
-    assert config["public"]["source"]["_target_"] == config["data"]["_target_"]
+    assert config["evaluate"]["source"]["_target_"] == config["data"]["_target_"]
     assert compose([*overrides, "run_dir=run"], config_dir=tmp_path / "yaml") == config
     ended = command("--config-dir", "yaml", *overrides, "run_dir=run")
     assert (ended.code, ended.err) == (0, "")

@@ -53,7 +53,6 @@ def test_a_preset_builds_everything_that_needs_no_images(experiment: str) -> Non
         setup.build_model(family)
     for group in ("method", "partition", "public", "codec", "ensemble", "distill", "grid", "data"):
         instantiate(config[group])
-    assert setup.report_family in setup.families
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
