@@ -42,13 +42,13 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FedSSLError: bad input (`ConfigError`), or too few replies (`TooFewRepliesError`).
     """
+    config = copy.deepcopy(dict(config))
+    check_values(config)
     run_dir = Path(config["run_dir"])
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(
             f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
         )
-    config = copy.deepcopy(dict(config))
-    check_values(config)
     if moved := config["client"].get("store"):
         config["client"]["store"] = str(Path(moved).expanduser().absolute())  # wherever the run is resumed
         _claim_store(Path(config["client"]["store"]))
