@@ -241,7 +241,11 @@ with settings.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu") 
 def test_nothing_survives_the_driver(how: signal.Signals) -> None:
     """After Ctrl-C, and even after kill -9, no worker is left; Ray printed nothing."""
     driver = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     assert driver.stdout is not None
     workers = [int(pid) for pid in driver.stdout.readline().split()]
