@@ -3,8 +3,10 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores Ctrl-C, tests need it
 cache = tempfile.mkdtemp(prefix="fedssl-tests-")  # decoded images; processes that tests start share it
 atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["FEDSSL_CACHE"] = cache

@@ -374,7 +374,6 @@ def test_an_interrupt_keeps_the_checkpoint(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90

@@ -245,7 +245,6 @@ def test_nothing_survives_the_driver(how: signal.Signals) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     assert driver.stdout is not None
     workers = [int(pid) for pid in driver.stdout.readline().split()]
