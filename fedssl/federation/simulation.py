@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
-from flwr.app.user_config import UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,8 @@ from fedssl.config import check_values, instantiate
 from fedssl.errors import ConfigError
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client_app import make_client_app
+from fedssl.federation.flower_compat import make_context
+from fedssl.federation.grids.base import node_config
 from fedssl.federation.grids.in_process import InProcess, torch_threads
 from fedssl.federation.records import family_state, load_state
 from fedssl.federation.roster import ask_roster
@@ -133,8 +134,7 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
         if partition_id not in asked:
             raise ConfigError(f"replay.partition={partition_id} was not asked in round {round_num}; asked were {asked}")
         node_id = cohort[partition_id].node_id
-        node_config: UserConfig = {"partition-id": partition_id, "num-partitions": setup.federation.num_clients}
-        context = Context(run_id=1, node_id=node_id, node_config=node_config, state=RecordDict(), run_config={})
+        context = make_context(node_id, node_config(node_id, setup.federation.num_clients), RecordDict())
         with torch_threads(setup.local.threads):  # part of the result
             reply = app(by_node[node_id], context)
     return {name: float(v) for name, v in reply.content.metric_records["metrics"].items() if isinstance(v, int | float)}
