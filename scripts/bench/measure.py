@@ -1,0 +1,41 @@
+"""What every benchmark returns: figures, and bars with the 95 % interval of their median."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+RESAMPLES = 10_000  # of the bootstrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A promise and what was measured; `ratio` is the figure itself where the bar is absolute."""
+
+    name: str
+    ratio: float
+    ci: tuple[float, float]
+    bar: float
+    better: Literal["lower", "higher"]
+    holds: bool | Literal["undecided"]
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The median and its bootstrap 95 % interval."""
+    sample = np.asarray(values)
+    draws = np.random.default_rng(0).integers(len(sample), size=(RESAMPLES, len(sample)))
+    low, high = np.percentile(np.median(sample[draws], axis=1), [2.5, 97.5])
+    return float(np.median(sample)), (float(low), float(high))
+
+
+def judge(name: str, values: Sequence[float], bar: float, better: Literal["lower", "higher"]) -> Bar:
+    """The bar holds where the whole interval is on its good side, and is undecided where the interval contains it."""
+    ratio, (low, high) = median_interval(values)
+    holds: bool | Literal["undecided"] = "undecided"
+    if high <= bar or low >= bar:
+        holds = (high <= bar) == (better == "lower")
+    return Bar(name=name, ratio=ratio, ci=(low, high), bar=bar, better=better, holds=holds)
+
+
+Result = tuple[dict[str, Any], list[Bar]]  # figures, bars

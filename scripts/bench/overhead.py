@@ -1,0 +1,83 @@
+"""The framework's cost of a client message in both grids, with clients that do nothing."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from bench.measure import Result, judge, median_interval
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedssl.federation.grids.base import LocalGrid
+from fedssl.federation.grids.in_process import InProcess
+from fedssl.federation.grids.ray import Ray
+
+SIZES = (10, 100, 1_000, 10_000)  # messages a round
+REPETITIONS = 15
+ARRAY_VALUES = 1024  # float32: 4 KB
+LIMITS = {"in_process": 0.4, "ray": 1.0}  # ms a message
+
+
+def no_op_app() -> ClientApp:
+    """A Flower app that reads its header and array, and answers with an array of that size and a metric."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        weights = message.content["arrays"]["w"].numpy()
+        metrics = MetricRecord({"round": message.content["header"]["round"]})
+        return Message(RecordDict({"arrays": ArrayRecord({"w": Array(weights)}), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def no_op_round(grid: LocalGrid, num_messages: int, round_num: int) -> float:
+    """Milliseconds a message, from creating the messages to having read all replies."""
+    started = time.perf_counter()
+    arrays = ArrayRecord({"w": Array(np.full(ARRAY_VALUES, round_num, np.float32))})
+    messages = [
+        Message(RecordDict({"header": ConfigRecord({"round": round_num}), "arrays": arrays}), node_id, "train")
+        for node_id in grid.get_node_ids()[:num_messages]
+    ]
+    replies = grid.send_and_receive(messages)
+    metrics = sum(int(reply.content["metrics"]["round"]) for reply in replies)
+    total = sum(float(reply.content["arrays"]["w"].numpy()[-1]) for reply in replies)
+    seconds = time.perf_counter() - started
+    assert metrics == total == num_messages * round_num
+    return 1000 * seconds / num_messages
+
+
+def overhead() -> Result:
+    """Rounds of 10 to 10,000 messages, the grids in turn."""
+    ray = Ray(workers=None, clients_per_gpu=1, gpus=0, address=None, max_retries=2, batch_seconds=0.1)
+    with (
+        InProcess().open(no_op_app, num_clients=max(SIZES), threads=1, device="cpu") as in_process,
+        ray.open(no_op_app, num_clients=max(SIZES), threads=1, device="cpu") as on_ray,
+    ):
+        grids: Mapping[str, LocalGrid] = {"in_process": in_process, "ray": on_ray}
+        for grid in grids.values():
+            no_op_round(grid, max(SIZES), 1)  # starts the workers; every client has run once
+        costs: dict[str, dict[int, list[float]]] = {name: {size: [] for size in SIZES} for name in grids}
+        for repetition in range(REPETITIONS):
+            for size in SIZES:
+                for name, grid in grids.items():
+                    costs[name][size].append(no_op_round(grid, size, repetition + 2))
+        workers = on_ray.placement.workers
+    figures = {
+        "unit": "ms per message",
+        "repetitions": REPETITIONS,
+        "ray_workers": workers,
+        "costs": costs,
+        "medians": {
+            name: {size: median_interval(values)[0] for size, values in c.items()} for name, c in costs.items()
+        },
+        "cost_at_10000_over_1000": {
+            name: median_interval([a / b for a, b in zip(c[10_000], c[1_000], strict=True)])
+            for name, c in costs.items()
+        },
+    }
+    bars = []
+    for name, limit in LIMITS.items():
+        worst = max(costs[name].values(), key=lambda values: float(np.median(values)))  # the bar holds at every size
+        bars.append(judge(f"overhead.{name}_ms", worst, limit, "lower"))
+    return figures, bars
