@@ -1,7 +1,8 @@
 """The framework's cost of a client message in both grids, with clients that do nothing."""
 
+import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from bench.measure import Result, judge, median_interval
@@ -14,6 +15,7 @@ from fedssl.federation.grids.ray import Ray
 
 SIZES = (10, 100, 1_000, 10_000)  # messages a round
 REPETITIONS = 15
+AT_LEAST = 200  # messages a repetition: a round of 10 ends within milliseconds, so 20 of them are timed together
 ARRAY_VALUES = 1024  # float32: 4 KB
 LIMITS = {"in_process": 0.4, "ray": 1.0}  # ms a message
 
@@ -31,20 +33,28 @@ def no_op_app() -> ClientApp:
     return app
 
 
-def no_op_round(grid: LocalGrid, num_messages: int, round_num: int) -> float:
-    """Milliseconds a message, from creating the messages to having read all replies."""
-    started = time.perf_counter()
+def no_op_round(grid: LocalGrid, node_ids: Sequence[int], round_num: int) -> None:
+    """From creating the messages to having read all replies."""
     arrays = ArrayRecord({"w": Array(np.full(ARRAY_VALUES, round_num, np.float32))})
     messages = [
         Message(RecordDict({"header": ConfigRecord({"round": round_num}), "arrays": arrays}), node_id, "train")
-        for node_id in grid.get_node_ids()[:num_messages]
+        for node_id in node_ids
     ]
     replies = grid.send_and_receive(messages)
     metrics = sum(int(reply.content["metrics"]["round"]) for reply in replies)
     total = sum(float(reply.content["arrays"]["w"].numpy()[-1]) for reply in replies)
-    seconds = time.perf_counter() - started
-    assert metrics == total == num_messages * round_num
-    return 1000 * seconds / num_messages
+    assert metrics == total == len(messages) * round_num
+
+
+def cost(grid: LocalGrid, num_messages: int, round_num: int) -> float:
+    """Milliseconds a message in rounds of `num_messages`."""
+    node_ids = grid.get_node_ids()[:num_messages]
+    num_rounds = max(1, AT_LEAST // num_messages)
+    gc.collect()  # the garbage of the rounds before, of another size or grid, is not this one's cost
+    started = time.perf_counter()
+    for _ in range(num_rounds):
+        no_op_round(grid, node_ids, round_num)
+    return 1000 * (time.perf_counter() - started) / (num_rounds * num_messages)
 
 
 def overhead() -> Result:
@@ -56,12 +66,12 @@ def overhead() -> Result:
     ):
         grids: Mapping[str, LocalGrid] = {"in_process": in_process, "ray": on_ray}
         for grid in grids.values():
-            no_op_round(grid, max(SIZES), 1)  # starts the workers; every client has run once
+            cost(grid, max(SIZES), 1)  # starts the workers; every client has run once
         costs: dict[str, dict[int, list[float]]] = {name: {size: [] for size in SIZES} for name in grids}
         for repetition in range(REPETITIONS):
             for size in SIZES:
                 for name, grid in grids.items():
-                    costs[name][size].append(no_op_round(grid, size, repetition + 2))
+                    costs[name][size].append(cost(grid, size, repetition + 2))
         workers = on_ray.placement.workers
     figures = {
         "unit": "ms per message",
