@@ -28,11 +28,15 @@ class Similarity(Protocol):
     def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
         """Cosines between the images `rows` and `columns` (positions in the public set, repeats allowed), fp32."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; `block` wants its arguments there."""
+
     def sums(self) -> tuple[float, float]:
         """The sum of all n x n entries, and the sum of their squares (of the diagonal too)."""
 
     def to(self, device: torch.device) -> "Similarity":
-        """The same similarity with its tensors on `device`; `block` wants its arguments there too."""
+        """The same similarity with its tensors on `device`."""
 
 
 def unit_rows(embeddings: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -61,6 +65,11 @@ class FactorSimilarity:
     def num_samples(self) -> int:
         """n, the number of public images."""
         return len(self.factors)
+
+    @property
+    def device(self) -> torch.device:
+        """See `Similarity.device`."""
+        return self.factors.device
 
     def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
         """See `Similarity.block`."""
@@ -91,6 +100,11 @@ class DenseSimilarity:
         """n, the number of public images."""
         return len(self.matrix)
 
+    @property
+    def device(self) -> torch.device:
+        """See `Similarity.device`."""
+        return self.matrix.device
+
     def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
         """See `Similarity.block`."""
         return self.matrix[rows[:, None], columns]
@@ -103,6 +117,31 @@ class DenseSimilarity:
     def to(self, device: torch.device) -> "DenseSimilarity":
         """See `Similarity.to`."""
         return DenseSimilarity(matrix=self.matrix.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnchorMass:
+    """What a client that sharpens its similarities itself says: no cosines, only how much each anchor weighs.
+
+    Args:
+        values: (n, m) masses of all public images over the anchors, the first m public positions; at least 0.
+    """
+
+    values: Float[Tensor, "n m"] = field(repr=False)
+
+    @property
+    def num_samples(self) -> int:
+        """n, the number of public images."""
+        return len(self.values)
+
+    @property
+    def num_anchors(self) -> int:
+        """m."""
+        return self.values.shape[1]
+
+    def to(self, device: torch.device) -> "AnchorMass":
+        """The same masses on `device`."""
+        return AnchorMass(values=self.values.to(device))
 
 
 def collapse_measures(similarity: Similarity) -> dict[str, float]:

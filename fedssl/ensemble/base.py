@@ -1,0 +1,74 @@
+"""What a rule is given and what it returns."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fedssl.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """One client's part of one step.
+
+    Args:
+        cosines: S_k[i, a_j] of the batch's images i and the anchors a_j.
+        num_images: private images of the client, > 0.
+        log_mass: log sum_l exp(S_k[i, l] / temperature) over all n public images l; only for rules with `whole_rows`.
+    """
+
+    cosines: Float[Tensor, "b k"]
+    num_images: float
+    log_mass: Float[Tensor, " b"] | None
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """How clients are combined. The choices live in conf/ensemble/."""
+
+    kernel: ClassVar[bool]  # the result is a kernel for `distill.loss=cka`, not rows that sum to 1
+    whole_rows: ClassVar[bool]  # it needs every client's `log_mass`: one pass over all pairs of images a round
+
+    def __call__(self, blocks: Iterable[Block], temperature: float) -> Float[Tensor, "b k"]:
+        """The target from one block a client, in client order."""
+        ...
+
+
+@runtime_checkable
+class Summable(Rule, Protocol):
+    """A rule that only needs a sum over the clients: p[i, j] = sum_k mass_k[i, j] / sum_l sum_k mass_k[i, l].
+
+    So the clients can apply `mass` themselves (`codec=sharpened`) and the server never sees one alone.
+    """
+
+    def mass(self, block: Block, temperature: float) -> Float[Tensor, "b k"]:
+        """What this client adds, at least 0."""
+        ...
+
+
+def check_temperature(key: str, temperature: float) -> None:
+    """Raise ConfigError naming `key` unless the temperature is positive."""
+    if not temperature > 0:
+        raise ConfigError(f"{key} must be > 0, got {temperature}. 0.1 is the usual value; smaller is sharper.")
+
+
+def distributions(blocks: Iterable[Block], temperature: float) -> Float[Tensor, "clients b k"]:
+    """P_k[i, :] = softmax_j(S_k[i, j] / temperature) of every client: what most rules start from."""
+    return torch.stack([F.softmax(block.cosines / temperature, dim=1) for block in blocks])
+
+
+def normalised(mass: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Rows divided by their sums; a row without any mass becomes uniform."""
+    total = mass.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, mass / total.clamp_min(torch.finfo(mass.dtype).tiny), 1 / mass.shape[1])
+
+
+def entropies(p: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    """H(p) = -sum_j p_j log p_j in nats, at most log k."""
+    return torch.special.entr(p).sum(dim=-1).clamp_max(math.log(p.shape[-1]))
