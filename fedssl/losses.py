@@ -1,8 +1,13 @@
-"""Contrastive losses: pure functions of projections, one per formula.
+"""Losses: pure functions, one per formula.
 
-All of them accept half precision and autocast: cosines and the softmax over them are computed in float32 (float64 stays
-float64), because 1 / temperature magnifies whatever the cosine lost.
+The contrastive ones compare two views. The similarity losses compare a student with a target: over k anchors (rows of
+probabilities p against logits, whose softmax is q), or by kernels (`cka_loss`). `feature_distance` compares features.
+
+All that take projections accept half precision and autocast: cosines and what follows from them are computed in
+float32 (float64 stays float64), because 1 / temperature magnifies whatever the cosine lost.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +46,93 @@ def info_nce(z1: Float[Tensor, "b d"], z2: Float[Tensor, "b d"], temperature: fl
     """
     logits = _products(_unit(z1), _unit(z2)) / temperature  # (b, b)
     return F.cross_entropy(logits, torch.arange(len(z1), device=z1.device))
+
+
+def cross_entropy(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """-(1/b) sum_ij p_ij log q_ij in nats, q = softmax(logits): FLESD's loss and SEED's.
+
+    Shi et al. 2021, https://arxiv.org/abs/2109.14611; Fang et al. 2021, https://arxiv.org/abs/2101.04731.
+
+    Args:
+        logits: the student's cosines to the anchors over its temperature.
+        p: the target; rows sum to 1.
+    """
+    return F.cross_entropy(logits, p)
+
+
+def entropy(p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """H(p) = -(1/b) sum_ij p_ij log p_ij in nats, with 0 log 0 = 0: the least that `cross_entropy` can be."""
+    terms: Tensor = torch.special.entr(p)
+    return terms.sum(dim=1).mean()
+
+
+def kl_divergence(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """KL(p || q) in nats, mean over rows; `cross_entropy` less `entropy`, so its gradient is the cross-entropy's.
+
+    Kullback and Leibler 1951. Arguments as for `cross_entropy`.
+    """
+    return cross_entropy(logits, p) - entropy(p)
+
+
+def reverse_kl_divergence(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """KL(q || p) = (1/b) sum_ij q_ij (log q_ij - log p_ij) in nats: a student that would rather miss modes of p.
+
+    It is infinite where p_ij = 0, which a sharp target in float32 often is. p is therefore raised to float32's smallest
+    normal number: a student pays at most 87.3 nats for a share on an anchor that the target excludes.
+
+    Arguments as for `cross_entropy`.
+    """
+    log_q = F.log_softmax(logits, dim=1)
+    return (log_q.exp() * (log_q - _log(p))).sum(dim=1).mean()
+
+
+def js_divergence(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """Jensen-Shannon divergence in nats, (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; between 0 and log 2.
+
+    Lin 1991, https://doi.org/10.1109/18.61115. In log space, so that entries where p or q is 0 have finite gradients.
+
+    Arguments as for `cross_entropy`.
+    """
+    log_q, log_p = F.log_softmax(logits, dim=1), _log(p)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (p * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=1).mean() / 2
+
+
+def cka_loss(z: Float[Tensor, "b d"], kernel: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
+    """1 - linear CKA of a batch's embeddings with a kernel: 0 where their Gram matrix is the kernel, times a constant.
+
+    CKA(K, L) = <HKH, HLH> / (|HKH| |HLH|) with K = z z^T, H = I - 1/b (Frobenius products). Kornblith et al. 2019,
+    Eq. 3 and 4, https://arxiv.org/abs/1905.00414; as the loss that aligns networks of a federation on public
+    images in Hetero-SSFL (Makhija et al. 2022, https://arxiv.org/abs/2205.12493). Embeddings that are all alike have
+    CKA 0 and no gradient.
+
+    Args:
+        z: the student's embeddings; neither rotation nor scale of the whole batch matters.
+        kernel: symmetric, of the same images in the same order.
+    """
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    student, target = _centred(_products(wide, wide)).flatten(), _centred(kernel).flatten()
+    return 1 - F.cosine_similarity(student, target, dim=0, eps=torch.finfo(student.dtype).tiny)
+
+
+def feature_distance(h: Float[Tensor, "b f"], reference: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
+    """(1/b) sum_i |h_i - reference_i|^2: how far features have gone from a frozen network's.
+
+    The self-distillation term of Lee et al. 2022, https://arxiv.org/abs/2210.02871, there for the hidden
+    representations of transformers during further pre-training.
+    """
+    return (h - reference).square().sum(dim=1).mean()
+
+
+def _log(p: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """log p, with zeros raised to the smallest normal number."""
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+def _centred(kernel: Float[Tensor, "b b"]) -> Float[Tensor, "b b"]:
+    """H K H with H = I - 1/b, for symmetric K."""
+    means = kernel.mean(dim=0)
+    return kernel - means - means[:, None] + means.mean()
 
 
 def _unit(z: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
