@@ -15,11 +15,26 @@ MoCo on the public set. Embedding dimensions of clients and student need not agr
 As in the paper: f_q goes on from its weights; both encoders run in train mode (batch norm by the statistics of the
 batch); f_k is averaged before it makes keys; epochs drop their last partial batch. Departs from the authors' code:
 the queue is filled once, before the first step, by views through f_k, while they skip the first k/b steps of every
-epoch; b need not divide k, and n may be smaller than either; batch norm's buffers are averaged like the weights, while
-theirs only see f_k's own batches. No loss ever reads these buffers, but they keep f_k a network that can be evaluated.
+epoch (`warmup: every_epoch` does); b need not divide k, and n may be smaller than either; batch norm's buffers are
+averaged like the weights, while theirs only see f_k's own batches (`ema_buffers: false`). No loss ever reads these
+buffers, but they keep f_k a network that can be evaluated.
+
+Where the target knows fewer anchors than images (`Target.num_anchors`, `codec=sharpened`), the queue holds exactly one
+key of each: in every step the next b anchors of a fixed random cycle get a fresh key, instead of the batch's images.
+
+`own_key: false` scores first and enqueues after the gradient step, in SEED's order (Fang et al. 2021,
+https://arxiv.org/abs/2101.04731). SEED appends the own key to the anchors all the same; here the image goes without,
+but for an older key of it that may still be in the queue.
+
+`loss: cka` compares kernels of the batch instead (`fedssl.losses.cka_loss`). It has no anchors: neither target encoder
+nor queue exist, and queue_size, ema_decay, ema_buffers and both temperatures are not read.
+
+Two terms may be added: an NT-Xent loss between two views of the batch (the authors' code had an InfoNCE for a while, with
+weight 0), and, ours, the distance of the features to those of a frozen reference, against forgetting between rounds:
+
+    total = similarity_weight * loss + contrastive_weight * NT-Xent(z, z') + feature_weight * (1/b) sum_i |h_i - h_i'|^2
 """
 
-import itertools
 import math
 import time
 from copy import deepcopy
@@ -31,25 +46,66 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from fedssl.anchors import Queue, filling_order, move_average
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
-from fedssl.ensemble import EnsembleTarget, check_temperature
+from fedssl.ensemble import Target, check_temperature
 from fedssl.errors import ConfigError, FedSSLError
+from fedssl.losses import (
+    cka_loss,
+    cross_entropy,
+    entropy,
+    feature_distance,
+    js_divergence,
+    kl_divergence,
+    nt_xent,
+    reverse_kl_divergence,
+)
 from fedssl.models import Model
 from fedssl.seeding import generator, seeded_init
 from fedssl.train import Optimisation
 
+ANCHORED_LOSSES = {
+    "ce": cross_entropy,
+    "kl": kl_divergence,
+    "js": js_divergence,
+    "reverse_kl": reverse_kl_divergence,
+}
+CHOICES = {
+    "loss": (*ANCHORED_LOSSES, "cka"),
+    "warmup": ("once", "every_epoch"),
+    "student_init": ("previous", "scratch", "fedavg_of_family", "public_only"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How long and how sharply the server distils in each round. The numbers live in conf/distill/."""
+    """How long, how sharply and by which loss the server distils in each round. The numbers live in conf/distill/.
+
+    A pass of an image is one view of it through one network, forward: the student, its target encoder and the
+    reference count alike, although only the student's passes also go backward.
+    """
 
     epochs: int  # passes over the public set per round
     batch_size: int  # public images per step, >= 2; all of them if there are fewer
-    queue_size: int  # anchors, >= batch_size, so that the images' own keys are among them
-    target_temperature: float  # of the clients' similarities, > 0; given to `EnsembleTarget`
+    queue_size: int  # anchors, >= batch_size; where the target knows fewer anchors than images, these are the queue
+    warmup: str  # "once": fill the queue before the first step. "every_epoch": the authors' code, see `skipped_batches`
+    own_key: (
+        bool  # an image's fresh key is among its anchors (FLESD); False: it joins them after the step (SEED's order)
+    )
+    target_temperature: float  # of the clients' similarities, > 0; the target comes with it
+    target_temperature_end: float | None  # reached linearly from the first epoch to the last; None: constant
     student_temperature: float  # of the student's, > 0
+    student_temperature_end: float | None  # likewise
     ema_decay: float  # of the target encoder, per step: 0 copies the student, 1 stays at its start
+    ema_buffers: bool  # average batch norm's buffers too; False: they see the target encoder's own batches
+    loss: str  # between target p and student q: "ce", "kl", "js", "reverse_kl"; "cka" between kernels
+    similarity_weight: float  # of that loss, >= 0
+    contrastive_weight: float  # of NT-Xent on the public batch, >= 0; 0 does not compute it
+    contrastive_temperature: float  # its temperature, > 0
+    feature_weight: float  # of the squared distance to the reference's features, >= 0; 0 does not compute it
+    student_init: str  # where a round's student starts; the strategy's part
+    init_epochs: int  # passes over the public set of "public_only" pre-training, >= 1; others do not read it
     optimisation: Optimisation
 
     def __post_init__(self) -> None:
@@ -62,52 +118,285 @@ class Distillation:
                 f"distill.queue_size must be at least distill.batch_size={self.batch_size}, got {self.queue_size}. "
                 f"Every image's own key has to be in the queue: raise queue_size or lower batch_size."
             )
-        check_temperature("distill.target_temperature", self.target_temperature)
-        check_temperature("distill.student_temperature", self.student_temperature)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"distill.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("target_temperature", "student_temperature", "contrastive_temperature"):
+            check_temperature(f"distill.{name}", getattr(self, name))
+        for name in ("target_temperature_end", "student_temperature_end"):
+            self._check_schedule(name, getattr(self, name))
         if not 0 <= self.ema_decay <= 1:
             raise ConfigError(
                 f"distill.ema_decay must be between 0 (copy of the student) and 1 (frozen), got {self.ema_decay}."
             )
+        for name in ("similarity_weight", "contrastive_weight", "feature_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"distill.{name} must be at least 0, got {getattr(self, name)}.")
+        if self.similarity_weight == 0 and self.contrastive_weight == 0:
+            raise ConfigError(
+                "distill.similarity_weight and distill.contrastive_weight are both 0, which leaves nothing to learn: "
+                "raise one."
+            )
+        if self.loss == "cka" and (self.warmup != "once" or not self.own_key):
+            raise ConfigError(
+                f"distill.loss=cka has no queue, so distill.warmup must be once and distill.own_key true, "
+                f"got {self.warmup} and {str(self.own_key).lower()}."
+            )
+        if self.student_init == "public_only" and self.init_epochs < 1:
+            raise ConfigError(
+                f"distill.student_init=public_only needs distill.init_epochs of at least 1, got {self.init_epochs}."
+            )
+
+    def _check_schedule(self, name: str, end: float | None) -> None:
+        if end is None:
+            return
+        check_temperature(f"distill.{name}", end)
+        if self.epochs == 1:
+            raise ConfigError(
+                f"distill.{name}={end} is reached in the last epoch, but distill.epochs=1 has only a first one: "
+                f"raise epochs or set it to null."
+            )
+        if self.loss == "cka":
+            raise ConfigError(f"distill.loss=cka knows no temperature, so distill.{name} must be null, got {end}.")
+
+    def temperatures(self, epoch: int) -> tuple[float, float]:
+        """The target's and the student's temperature in an epoch, 0 .. epochs - 1."""
+
+        def linear(start: float, end: float | None) -> float:
+            return start if end is None else start + (end - start) * epoch / (self.epochs - 1)
+
+        return (
+            linear(self.target_temperature, self.target_temperature_end),
+            linear(self.student_temperature, self.student_temperature_end),
+        )
+
+    def batches_per_epoch(self, n: int) -> int:
+        """Batches in one pass over n public images; the last partial one is dropped unless it is the only."""
+        return max(1, n // self.batch_size)
+
+    def skipped_batches(self, n: int) -> int:
+        """The first batches of every epoch, which advance the target encoder and the queue without a gradient step.
+
+        The authors' code waits in every epoch until queue_size keys were pushed, although only its first epoch starts
+        with a queue of noise. That noise is gone before anyone looks, so here there is none: the queue starts empty.
+        """
+        if self.warmup == "once":
+            return 0
+        return math.ceil(self.queue_size / min(self.batch_size, n))
 
     def steps_per_epoch(self, n: int) -> int:
-        """Gradient steps in one pass over n public images; the last partial batch is dropped unless it is the only."""
-        return max(1, n // self.batch_size)
+        """Gradient steps in one pass over n public images."""
+        steps = self.batches_per_epoch(n) - self.skipped_batches(n)
+        if steps < 1:
+            raise ConfigError(
+                f"distill.warmup=every_epoch skips the first {self.skipped_batches(n)} batches of an epoch "
+                f"(distill.queue_size={self.queue_size}, distill.batch_size={self.batch_size}), but {n} public images "
+                f"make only {self.batches_per_epoch(n)}: no gradient step is left. Lower queue_size, raise "
+                f"public.size, or set warmup: once."
+            )
+        return steps
 
     def num_steps(self, n: int) -> int:
         """Gradient steps in one round."""
         return self.epochs * self.steps_per_epoch(n)
 
-    def image_passes(self, n: int) -> int:
-        """Images that go through a network in one round: two views a step (one per encoder), and filling the queue."""
-        return 2 * self.num_steps(n) * min(self.batch_size, n) + self.queue_size
+    def image_passes(self, n: int, num_anchors: int | None = None) -> int:
+        """Passes of public images in one round: of the student, of the target encoder and of the reference.
+
+        Args:
+            n: public images.
+            num_anchors: public positions that may be anchors (`Target.num_anchors`); None: all n.
+        """
+        steps, batch_size = self.num_steps(n), min(self.batch_size, n)
+        if self.loss == "cka":
+            keys = 0
+        elif num_anchors is not None and num_anchors < n:
+            keys = num_anchors + steps * min(batch_size, num_anchors)
+        elif self.warmup == "once":
+            keys = self.queue_size + steps * batch_size
+        else:
+            keys = self.epochs * self.batches_per_epoch(n) * batch_size
+        views = 1 + (self.contrastive_weight > 0)  # the student sees both
+        references = int(self.feature_weight > 0)
+        return keys + steps * batch_size * (views + references)
+
+    def pretraining_steps(self, n: int) -> int:
+        """Steps of `fedssl.train.train` in one public-only pre-training, with `batch_size` images each; 0 without."""
+        full, rest = divmod(n, self.batch_size)
+        return self.init_epochs * (full + (rest >= 2)) if self.student_init == "public_only" else 0
+
+    def pretraining_image_passes(self, n: int) -> int:
+        """Passes in one public-only pre-training: two views of each image an epoch, less a last image on its own."""
+        images = n - (n % self.batch_size == 1)
+        return self.init_epochs * 2 * images if self.student_init == "public_only" else 0
+
+    def check_target(self, target: Target) -> None:
+        """Raise ConfigError unless this loss and this queue can learn from such a target."""
+        if target.kernel != (self.loss == "cka"):
+            raise ConfigError(
+                f"distill.loss={self.loss} learns from {'a kernel' if self.loss == 'cka' else 'rows that sum to 1'}, "
+                f"but the chosen ensemble makes {'a kernel' if target.kernel else 'rows that sum to 1'}: "
+                f"ensemble=cka_kernel and distill.loss=cka belong together."
+            )
+        if target.num_anchors == target.num_samples:
+            return
+        if target.num_anchors < 2:
+            raise ConfigError(f"the target has {target.num_anchors} anchor(s), and telling them apart takes 2 or more.")
+        if self.warmup != "once" or not self.own_key:
+            raise ConfigError(
+                f"only {target.num_anchors} of {target.num_samples} public images are anchors of this target "
+                f"(codec=sharpened), and the queue holds each of them at every step. So distill.warmup must be once "
+                f"and distill.own_key true, got {self.warmup} and {str(self.own_key).lower()}."
+            )
 
 
-class Queue:
-    """The anchors: the k newest keys, each with the public image it was made of. Always full.
+class Distiller:
+    """One student in one round, step by step: what `distill` loops over. Arguments as there.
 
-    Args:
-        keys: the initial content, oldest first.
-        indices: positions in the public set, row i belongs to key i.
+    It changes the student, the target encoder and the queue in place. Dropout draws from torch's global generator,
+    also while the queue is filled here.
     """
 
-    def __init__(self, keys: Float[Tensor, "k d"], indices: Int64[Tensor, " k"]) -> None:
-        self.keys = keys.clone()
-        self.indices = indices.clone()
-        self._oldest = 0
+    def __init__(
+        self,
+        student: Model,
+        target: Target,
+        images: ImageSet,
+        *,
+        distillation: Distillation,
+        views: Views,
+        seed: int,
+        round_num: int,
+        num_rounds: int,
+        device: torch.device,
+        amp: bool = False,
+        reference: Model | None = None,
+    ) -> None:
+        n = len(images)
+        if n < 2:
+            raise ConfigError(f"cannot distil on {n} public image(s) of {images.name}: raise public.size to 2 or more.")
+        if target.num_samples != n:
+            raise ConfigError(f"the target is of {target.num_samples} public images, but {images.name} has {n}.")
+        distillation.check_target(target)
+        self.distillation = distillation
+        self.device = device
+        self.amp = amp
+        self.student = student.to(device).train()
+        self.target = target.to(device)
+        self.target_temperature, self.student_temperature = distillation.temperatures(epoch=0)
+        self.optimiser, self.schedule = distillation.optimisation.build(
+            student.parameters(), total_steps=distillation.num_steps(n), round_num=round_num, num_rounds=num_rounds
+        )
+        self.views = views
+        self.pixels = images.take(np.arange(n)).to(device)
+        self.order_rng = generator(seed, "distillation order", round_num)
+        self.views_rng = generator(seed, "distillation views", round_num, device=device)
+        if distillation.feature_weight > 0:
+            # In eval mode it is one function of one image, whatever else is in the batch, and stays as it was.
+            self.reference = self._frozen(student if reference is None else reference).eval()
+        self.cyclic = target.num_anchors < n  # keys are of the next anchors, not of the batch
+        self.num_views = 2 if distillation.contrastive_weight > 0 or not (self.cyclic or target.kernel) else 1
+        if not target.kernel:
+            self.target_encoder = self._frozen(student)
+            self.queue = Queue(target.num_anchors if self.cyclic else distillation.queue_size)
+            if distillation.warmup == "once":
+                self._fill_queue()
 
-    def push(self, keys: Float[Tensor, "b d"], indices: Int64[Tensor, " b"]) -> None:
-        """Overwrite the b <= k oldest entries, in order."""
-        size = len(self.keys)
-        assert len(keys) <= size, f"{len(keys)} keys do not fit a queue of {size}"
-        slots = (self._oldest + torch.arange(len(keys), device=self.keys.device)) % size
-        self.keys[slots] = keys
-        self.indices[slots] = indices
-        self._oldest = (self._oldest + len(keys)) % size
+    def epoch(self, epoch: int) -> dict[str, Float[Tensor, " steps"]]:
+        """One pass over the public set, `epoch` counts from 0; what `step` returns for each of its gradient steps."""
+        distillation, n = self.distillation, len(self.pixels)
+        target_temperature, self.student_temperature = distillation.temperatures(epoch)
+        if target_temperature != self.target_temperature:
+            self.target, self.target_temperature = self.target.at(target_temperature), target_temperature
+        batch_size, skipped = min(distillation.batch_size, n), distillation.skipped_batches(n)
+        order = torch.randperm(n, generator=self.order_rng).to(self.device)
+        batches = torch.split(order[: distillation.batches_per_epoch(n) * batch_size], batch_size)
+        for rows in batches[:skipped]:
+            self._advance_anchors(rows, self._view(rows))
+        steps = [self.step(rows) for rows in batches[skipped:]]
+        return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+    def step(self, rows: Int64[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
+        """One gradient step on the public images `rows`.
+
+        Returns:
+            Scalars that stay on the device, for reading one would wait for it: `loss`, the weighted sum; where there
+            are anchors, `cross_entropy` and `target_entropy`; where they have a weight, `contrastive_loss` and
+            `feature_distance`.
+        """
+        distillation, b = self.distillation, len(rows)
+        contrastive = distillation.contrastive_weight > 0
+        views = [self._view(rows) for _ in range(self.num_views)]
+        if distillation.own_key:
+            self._advance_anchors(rows, views[-1])
+        h, z = self._embed(self.student, torch.cat(views) if contrastive else views[0])  # one pass, one batch norm
+        similarity, measures = self._similarity_loss(z[:b], rows)
+        loss = distillation.similarity_weight * similarity
+        if contrastive:
+            measures["contrastive_loss"] = nt_xent(z[:b], z[b:], distillation.contrastive_temperature)
+            loss = loss + distillation.contrastive_weight * measures["contrastive_loss"]
+        if distillation.feature_weight > 0:
+            with torch.no_grad():
+                reference, _ = self._embed(self.reference, views[0])
+            measures["feature_distance"] = feature_distance(h[:b], reference)
+            loss = loss + distillation.feature_weight * measures["feature_distance"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.schedule.step()
+        if not distillation.own_key:
+            self._advance_anchors(rows, views[-1])
+        return {name: value.detach() for name, value in {"loss": loss, **measures}.items()}
+
+    def _similarity_loss(
+        self, z: Float[Tensor, "b d"], rows: Int64[Tensor, " b"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """What a batch's embeddings lack of the target, and what is known about it on the way."""
+        if self.target.kernel:
+            return cka_loss(z, self.target(rows, rows)), {}
+        p = self.target(rows, self.queue.indices)
+        logits = z @ self.queue.keys.T / self.student_temperature
+        loss = ANCHORED_LOSSES[self.distillation.loss](logits, p)
+        ce = loss if self.distillation.loss == "ce" else cross_entropy(logits.detach(), p)
+        return loss, {"cross_entropy": ce, "target_entropy": entropy(p)}
+
+    def _advance_anchors(self, rows: Int64[Tensor, " b"], x: Float[Tensor, "b 3 s s"]) -> None:
+        """Move the target encoder, then push its keys: of the batch's views `x`, or of the cycle's next anchors."""
+        if self.target.kernel:
+            return
+        distillation = self.distillation
+        move_average(self.target_encoder, self.student, distillation.ema_decay, buffers=distillation.ema_buffers)
+        if self.cyclic:
+            rows = self.queue.oldest(min(len(rows), self.queue.size))
+            x = self._view(rows)
+        _, keys = self._embed(self.target_encoder, x)
+        self.queue.push(keys, rows)
+
+    def _fill_queue(self) -> None:
+        size = self.queue.size
+        order = filling_order(self.target.num_anchors, size, self.order_rng).to(self.device)
+        for rows in order.tensor_split(max(1, size // self.distillation.batch_size)):  # none smaller than a batch
+            _, keys = self._embed(self.target_encoder, self._view(rows))
+            self.queue.push(keys, rows)
+
+    def _view(self, rows: Int64[Tensor, " b"]) -> Float[Tensor, "b 3 s s"]:
+        return self.views(self.pixels[rows], self.views_rng).contiguous(memory_format=torch.channels_last)
+
+    def _embed(self, model: Model, x: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b d"]]:
+        """Features and normalised projections, fp32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp and self.device.type == "cuda"):
+            features = model.backbone(x)
+            projections = model.projector(features)
+        return features.float(), F.normalize(projections.float(), dim=1)
+
+    def _frozen(self, model: Model) -> Model:
+        """A copy on the device that gets no gradients, in the mode that the model is in."""
+        return deepcopy(model).to(self.device).requires_grad_(False)
 
 
 def distill(
     student: Model,
-    target: EnsembleTarget,
+    target: Target,
     images: ImageSet,
     *,
     distillation: Distillation,
@@ -117,15 +406,16 @@ def distill(
     num_rounds: int,
     device: torch.device,
     amp: bool = False,
+    reference: Model | None = None,
 ) -> dict[str, float]:
     """Train `student` in place for one round; it ends on `device`, in eval mode and without gradients.
 
     All public images are copied to the device once, as uint8. On the CPU with one thread the result is a pure function
-    of the student's weights, the target, the images and the seed, bit for bit.
+    of the student's weights, the target, the images, the reference and the seed, bit for bit.
 
     Args:
-        student: the global model of one architecture family, as the last round left it.
-        target: the clients' ensemble on the same images in the same order.
+        student: the global model of one architecture family, where `distillation.student_init` says it starts.
+        target: the clients' ensemble on the same images in the same order, at the first epoch's target temperature.
         images: the public set; labels are not looked at.
         distillation: the numbers.
         views: the random augmentation.
@@ -134,105 +424,60 @@ def distill(
         num_rounds: rounds of the run, for the schedule.
         device: where to train; the target's similarities are moved there.
         amp: bfloat16 autocast in the encoders; CUDA only, ignored elsewhere. Logits and loss are always fp32.
+        reference: whose features the student is to keep, with the student's number of them; it is left as it is. None:
+            the student's own at the start. Read only if `distillation.feature_weight` is not 0.
 
     Returns:
-        `loss` and `loss_first`, cross-entropies in nats, the means over the steps of the last and the first epoch;
-        `target_entropy` of the last epoch, the lowest loss there is; `kl` = loss - target_entropy; `steps`;
-        `image_passes` (see `Distillation.image_passes`); `seconds`.
+        `loss` and `loss_first`, the minimised sum, the means over the gradient steps of the last and the first epoch;
+        `steps` and `image_passes` (see `Distillation`); `seconds`. Of the last epoch, with anchors: `target_entropy`,
+        the lowest cross-entropy there is; `kl`, the cross-entropy less that, in nats, whatever the loss; `num_anchors`,
+        keys in the queue. Also of the last epoch, where they have a weight: `contrastive_loss`; `feature_distance`.
 
     Raises:
-        ConfigError: fewer than two public images, or a target of another public set.
+        ConfigError: fewer than two public images, a target of another public set or one that the loss cannot learn
+            from, or no gradient step in an epoch.
         FedSSLError: the loss became infinite or NaN; the message names the first such step.
     """
     started = time.perf_counter()
-    n = len(images)
-    if n < 2:
-        raise ConfigError(f"cannot distil on {n} public image(s) of {images.name}: raise public.size to 2 or more.")
-    if target.num_samples != n:
-        raise ConfigError(f"the target is of {target.num_samples} public images, but {images.name} has {n}.")
-    target = target.to(device)
-    student.to(device).train()
-    target_encoder = deepcopy(student).requires_grad_(False)
-    batch_size, num_steps = min(distillation.batch_size, n), distillation.num_steps(n)
-    steps_per_epoch = distillation.steps_per_epoch(n)
-    optimiser, schedule = distillation.optimisation.build(
-        student.parameters(), total_steps=num_steps, round_num=round_num, num_rounds=num_rounds
-    )
-    pixels = images.take(np.arange(n)).to(device)
-    order_rng = generator(seed, "distillation order", round_num)
-    views_rng = generator(seed, "distillation views", round_num, device=device)
-
-    def view(rows: Int64[Tensor, " b"]) -> Float[Tensor, "b 3 s s"]:
-        return views(pixels[rows], views_rng).contiguous(memory_format=torch.channels_last)
-
-    def embed(model: Model, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
-            projections = model(x)
-        return F.normalize(projections.float(), dim=1)
-
-    losses: list[float] = []
-    entropies: list[float] = []
+    epochs = []
     # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
     with seeded_init(seed, "distillation dropout", round_num):
-        fill = _filling_order(n, distillation.queue_size, order_rng).to(device)
-        chunks = fill.tensor_split(distillation.queue_size // distillation.batch_size)  # none smaller than a batch
-        queue = Queue(torch.cat([embed(target_encoder, view(rows)) for rows in chunks]), fill)
+        distiller = Distiller(
+            student,
+            target,
+            images,
+            distillation=distillation,
+            views=views,
+            seed=seed,
+            round_num=round_num,
+            num_rounds=num_rounds,
+            device=device,
+            amp=amp,
+            reference=reference,
+        )
         for epoch in range(distillation.epochs):
-            step_losses, step_entropies = [], []  # stay on the device: reading one would wait for it
-            order = torch.randperm(n, generator=order_rng).to(device)
-            for rows in torch.split(order[: steps_per_epoch * batch_size], batch_size):
-                x1, x2 = view(rows), view(rows)
-                _average(target_encoder, student, distillation.ema_decay)
-                queue.push(embed(target_encoder, x2), rows)
-                p = target(rows, queue.indices)
-                logits = embed(student, x1) @ queue.keys.T / distillation.student_temperature
-                loss = F.cross_entropy(logits, p)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                optimiser.zero_grad()
-                schedule.step()
-                step_losses.append(loss.detach())
-                step_entropies.append(torch.special.entr(p).sum(dim=1).mean())
-            losses.append(_finite_mean(step_losses, epoch * steps_per_epoch, images.name))
-            entropies.append(torch.stack(step_entropies).mean().item())
+            measures = distiller.epoch(epoch)
+            _check_finite(measures["loss"], epoch * len(measures["loss"]), images.name)
+            epochs.append({name: values.mean().item() for name, values in measures.items()})
 
     student.eval()
+    n, last = len(images), epochs[-1]
+    if "cross_entropy" in last:
+        last["kl"] = last.pop("cross_entropy") - last["target_entropy"]
+        last["num_anchors"] = float(distiller.queue.size)
     return {
-        "loss": losses[-1],
-        "loss_first": losses[0],
-        "target_entropy": entropies[-1],
-        "kl": losses[-1] - entropies[-1],
-        "steps": float(num_steps),
-        "image_passes": float(distillation.image_passes(n)),
+        **last,
+        "loss_first": epochs[0]["loss"],
+        "steps": float(distillation.num_steps(n)),
+        "image_passes": float(distillation.image_passes(n, target.num_anchors)),
         "seconds": time.perf_counter() - started,
     }
 
 
-def _filling_order(n: int, size: int, rng: torch.Generator) -> Int64[Tensor, " k"]:
-    """`size` public images in random order, each once before any comes twice."""
-    passes = [torch.randperm(n, generator=rng) for _ in range(math.ceil(size / n))]
-    return torch.cat(passes)[:size]
-
-
-@torch.no_grad()
-def _average(target_encoder: Model, online: Model, decay: float) -> None:
-    """Move weights and buffers towards the online encoder's; integer buffers (batch counters) are copied."""
-    ours = itertools.chain(target_encoder.parameters(), target_encoder.buffers())
-    theirs = itertools.chain(online.parameters(), online.buffers())
-    for average, new in zip(ours, theirs, strict=True):
-        if average.is_floating_point():
-            average.lerp_(new, 1 - decay)
-        else:
-            average.copy_(new)
-
-
-def _finite_mean(losses: list[Tensor], steps_before: int, name: str) -> float:
-    """The mean loss of an epoch, read from the device at once."""
-    values = torch.stack(losses)
-    if not values.isfinite().all():
-        step = steps_before + int((~values.isfinite()).nonzero()[0]) + 1
+def _check_finite(losses: Float[Tensor, " steps"], steps_before: int, name: str) -> None:
+    if not losses.isfinite().all():
+        first = int((~losses.isfinite()).nonzero()[0])
         raise FedSSLError(
-            f"the distillation loss on {name} became {values[step - steps_before - 1].item()} at step {step}. "
+            f"the distillation loss on {name} became {losses[first].item()} at step {steps_before + first + 1}. "
             f"Lower distill.optimisation.lr or raise distill.student_temperature."
         )
-    return values.mean().item()

@@ -1,0 +1,78 @@
+"""The anchors that a student is compared with: a queue of keys, and the average of the student that makes them."""
+
+import itertools
+import math
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+
+class Queue:
+    """The anchors: the newest keys, each with the public image it was made of. A ring of fixed size.
+
+    Until it is full it cannot be read: the rest would be zeros.
+
+    Args:
+        size: number of anchors, at least 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pushed = 0
+
+    @property
+    def keys(self) -> Float[Tensor, "k d"]:
+        """One key an anchor."""
+        assert self._pushed >= self.size, f"the queue holds {self._pushed} of {self.size} keys"
+        return self._keys
+
+    @property
+    def indices(self) -> Int64[Tensor, " k"]:
+        """Positions in the public set; row i belongs to key i."""
+        assert self._pushed >= self.size, f"the queue holds {self._pushed} of {self.size} keys"
+        return self._indices
+
+    def push(self, keys: Float[Tensor, "b d"], indices: Int64[Tensor, " b"]) -> None:
+        """Overwrite the b <= size oldest entries, in order."""
+        if self._pushed == 0:
+            self._keys = keys.new_zeros(self.size, keys.shape[1])
+            self._indices = indices.new_zeros(self.size)
+        slots = self._oldest(len(keys))
+        self._keys[slots] = keys
+        self._indices[slots] = indices
+        self._pushed += len(keys)
+
+    def oldest(self, count: int) -> Int64[Tensor, " count"]:
+        """The public images of the `count` <= size oldest keys, oldest first."""
+        return self.indices[self._oldest(count)]
+
+    def _oldest(self, count: int) -> Int64[Tensor, " count"]:
+        assert count <= self.size, f"{count} keys do not fit a queue of {self.size}"
+        return (self._pushed + torch.arange(count, device=self._indices.device)) % self.size
+
+
+def filling_order(n: int, size: int, rng: torch.Generator) -> Int64[Tensor, " k"]:
+    """`size` of n images in random order, each once before any comes twice."""
+    passes = [torch.randperm(n, generator=rng) for _ in range(math.ceil(size / n))]
+    return torch.cat(passes)[:size]
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, online: nn.Module, decay: float, *, buffers: bool) -> None:
+    """Move the average's weights towards the online network's: decay * average + (1 - decay) * online.
+
+    Args:
+        average: the target encoder, changed in place.
+        online: a network of the same architecture.
+        decay: 0 copies, 1 changes nothing.
+        buffers: average the buffers too; those of integers (batch counters) are copied. If not, they are left alone.
+    """
+    ours, theirs = (
+        itertools.chain(network.parameters(), network.buffers() if buffers else ()) for network in (average, online)
+    )
+    for old, new in zip(ours, theirs, strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:
+            old.copy_(new)
