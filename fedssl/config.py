@@ -67,9 +67,9 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
 def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[str, Any]:
     """Resolve every interpolation and put in what only the composition knows.
 
-    That is the strategy's name (the chosen YAML's), and the sources that `public.data` and `evaluate.data` name
-    (files of conf/data). A preset's values for a group do not outlive the group: `experiment=... partition=iid` has
-    nothing of the preset's partition.
+    That is the strategy's name (the chosen YAML's), and what other keys name: the sources of `public.data` and
+    `evaluate.data` (files of conf/data), the methods of `client.methods` (files of conf/method). A preset's values for
+    a group do not outlive the group: `experiment=... partition=iid` has nothing of the preset's partition.
 
     Args:
         config: composed, inside an initialised Hydra.
@@ -89,6 +89,8 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     for key in SAID_TO_THE_COMMAND:
         del resolved[key]
     resolved["strategy"]["name"] = choices["strategy"]
+    if isinstance(named := resolved["client"]["methods"], list):
+        resolved["client"]["methods"] = [_method(name, search_path) for name in named]
     public, evaluate = resolved["public"], resolved["evaluate"]
     if "data" in public:
         named = public.pop("data"), public.pop("root"), public.pop("image_size")
@@ -129,6 +131,13 @@ def _named_source(
     return {str(key): value for key, value in resolved.items()}
 
 
+def _method(name: Any, search_path: Sequence[str]) -> Any:
+    """The node of conf/method/<name>.yaml."""
+    if not isinstance(name, str):
+        return name
+    return OmegaConf.to_container(hydra.compose(CONFIG_NAME, [f"method={name}", *search_path]).method, resolve=True)
+
+
 def instantiate(node: Any, **arguments: Any) -> Any:
     """Build what a node's `_target_` names, and what the nodes inside it name.
 
@@ -156,7 +165,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 # What the keys are that no `_target_` takes.
-TOP_LEVEL: dict[str, Any] = {"seed": int, "device": str, "max_seconds": float | None, "run_dir": str}
+TOP_LEVEL: dict[str, Any] = {"seed": int, "device": str, "downlink": str, "max_seconds": float | None, "run_dir": str}
 SAID_TO_THE_COMMAND = ("resume", "replay")  # no part of a run
 CLIENT_STORE = {"store": str | None}
 STRATEGY = ("name", "client", "server")

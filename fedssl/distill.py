@@ -29,8 +29,9 @@ but for an older key of it that may still be in the queue.
 `loss: cka` compares kernels of the batch instead (`fedssl.losses.cka_loss`). It has no anchors: neither target encoder
 nor queue exist, and queue_size, ema_decay, ema_buffers and both temperatures are not read.
 
-Two terms may be added: an NT-Xent loss between two views of the batch (the authors' code had an InfoNCE for a while, with
-weight 0), and, ours, the distance of the features to those of a frozen reference, against forgetting between rounds:
+Two terms may be added: an NT-Xent loss between two views of the batch (the authors' code had an InfoNCE for a while,
+with weight 0), and, ours, the distance of the features to those of a frozen reference, against forgetting between
+rounds:
 
     total = similarity_weight * loss + contrastive_weight * NT-Xent(z, z') + feature_weight * (1/b) sum_i |h_i - h_i'|^2
 """
@@ -230,21 +231,22 @@ class Distillation:
         images = n - (n % self.batch_size == 1)
         return self.init_epochs * 2 * images if self.student_init == "public_only" else 0
 
-    def check_target(self, target: Target) -> None:
-        """Raise ConfigError unless this loss and this queue can learn from such a target."""
-        if target.kernel != (self.loss == "cka"):
+    def check_target(self, *, kernel: bool, num_anchors: int, num_samples: int) -> None:
+        """Raise ConfigError unless this loss and this queue can learn from such a `Target`, here by its attributes."""
+        if kernel != (self.loss == "cka"):
             raise ConfigError(
                 f"distill.loss={self.loss} learns from {'a kernel' if self.loss == 'cka' else 'rows that sum to 1'}, "
-                f"but the chosen ensemble makes {'a kernel' if target.kernel else 'rows that sum to 1'}: "
+                f"but the chosen ensemble makes {'a kernel' if kernel else 'rows that sum to 1'}: "
                 f"ensemble=cka_kernel and distill.loss=cka belong together."
             )
-        if target.num_anchors == target.num_samples:
+        self.steps_per_epoch(num_samples)
+        if num_anchors == num_samples:
             return
-        if target.num_anchors < 2:
-            raise ConfigError(f"the target has {target.num_anchors} anchor(s), and telling them apart takes 2 or more.")
+        if num_anchors < 2:
+            raise ConfigError(f"the target has {num_anchors} anchor(s), and telling them apart takes 2 or more.")
         if self.warmup != "once" or not self.own_key:
             raise ConfigError(
-                f"only {target.num_anchors} of {target.num_samples} public images are anchors of this target "
+                f"only {num_anchors} of {num_samples} public images are anchors of this target "
                 f"(codec=sharpened), and the queue holds each of them at every step. So distill.warmup must be once "
                 f"and distill.own_key true, got {self.warmup} and {str(self.own_key).lower()}."
             )
@@ -277,7 +279,7 @@ class Distiller:
             raise ConfigError(f"cannot distil on {n} public image(s) of {images.name}: raise public.size to 2 or more.")
         if target.num_samples != n:
             raise ConfigError(f"the target is of {target.num_samples} public images, but {images.name} has {n}.")
-        distillation.check_target(target)
+        distillation.check_target(kernel=target.kernel, num_anchors=target.num_anchors, num_samples=n)
         self.distillation = distillation
         self.device = device
         self.amp = amp

@@ -12,17 +12,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedssl.errors import PayloadError
+from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.records import Upload, family_arrays, family_state, model_state, to_arrays
+from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays
 from fedssl.federation.server import Server, read_uploads
+from fedssl.federation.weights import check_weights, mean_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,7 @@ class FedAvgClient:
         """One round of one client."""
         model = client.load(broadcast)
         metrics = client.train(model, epochs=self.local_epochs)
-        arrays = {f"{client.family}/{name}": value.cpu().numpy() for name, value in model_state(model).items()}
-        return client.upload(arrays, metrics, codec="weights")
+        return client.upload(client.weights(model), metrics, codec="weights")
 
 
 class FedAvg(Strategy):
@@ -50,6 +48,11 @@ class FedAvg(Strategy):
     """
 
     def __init__(self, *, server: Server, weighted: bool) -> None:
+        if server.report_family not in server.client_families:
+            raise ConfigError(
+                f"strategy=fedavg averages what clients send, and no client is of "
+                f"federation.report_family={server.report_family}: choose one of {', '.join(server.client_families)}."
+            )
         self.server = server
         self.weighted = weighted
 
@@ -66,17 +69,7 @@ class FedAvg(Strategy):
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, "weights")
         family = upload.header.family
-        expected = family_arrays(self.arrays, family)
-        if upload.arrays.keys() != expected.keys():
-            raise PayloadError(
-                f"its weights are not those of {family}: {sorted(upload.arrays.keys() ^ expected.keys())[:3]}"
-            )
-        for name, value in upload.arrays.items():
-            own = expected[name]
-            if (str(value.dtype), value.shape) != (own.dtype, tuple(own.shape)):
-                raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
-            if not np.isfinite(value).all():
-                raise PayloadError(f"weight {name!r} holds NaN or infinity")
+        check_weights(upload.arrays, family_arrays(self.arrays, family), family)
         if not 0 < upload.metrics.get("num-examples", 0) < math.inf:
             raise PayloadError(f"it declares num-examples={upload.metrics.get('num-examples')}")
         return upload
@@ -87,22 +80,14 @@ class FedAvg(Strategy):
         """The mean of each family's uploads; a family nobody answered for keeps its weights."""
         uploads = read_uploads(replies, self.check)
         states: dict[str, dict[str, Tensor]] = {}
-        for family in self.server.families:
+        for family in self.server.client_families:
             members = [upload for upload in uploads if upload.header.family == family]
             states[family] = self._mean(members) if members else family_state(self.arrays, family)
         return to_arrays(states), MetricRecord()
 
     def _mean(self, uploads: list[Upload]) -> dict[str, Tensor]:
-        weights = [upload.metrics["num-examples"] if self.weighted else 1.0 for upload in uploads]
-        mean = {}
-        for name in uploads[0].arrays:
-            total = sum(
-                weight * torch.from_numpy(upload.arrays[name]).double()
-                for weight, upload in zip(weights, uploads, strict=True)
-            )
-            assert isinstance(total, Tensor)
-            mean[name.split("/", 1)[1]] = (total / sum(weights)).float()
-        return mean
+        shares = [upload.metrics["num-examples"] if self.weighted else 1.0 for upload in uploads]
+        return mean_weights([upload.arrays for upload in uploads], shares)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

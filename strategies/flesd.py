@@ -2,39 +2,52 @@
 
 Shi et al. 2021, https://arxiv.org/abs/2109.14611. One round:
 
-1. broadcast: each client receives its architecture family's global weights;
-2. local training: the client trains on its own images with the run's self-supervised method;
+1. broadcast: each client receives its architecture family's global weights (`downlink=weights`);
+2. local training: the client trains on its own images with its self-supervised method;
 3. upload: it embeds the public set and sends the cosine similarities of all pairs (`codec`);
 4. ensemble: the server combines them into one target distribution per public image (`ensemble`);
 5. distil: each family's global model, the student, learns to reproduce that target over a momentum queue of its own
-   embeddings of public views (`fedssl.distill`).
+   embeddings of public views (`distill`).
 
 Departs from the paper: clients may have different architectures, one student per family (the authors' first abstract
 and overview figure intend it, their code has one model); a client sends factors that give the same matrix
 (`codec=factor`) unless asked for the matrix itself; `ensemble=row` normalises each client's row before the mean, so
 that a collapsed client cannot dominate (`ensemble=none` is the paper); the public set is any of conf/public, the same
 images in the same deterministic transform for everyone (authors' code: client 0's shard, in a random view).
+
+Ours, not the paper's: `downlink=similarity|none`, clients that keep their own model from round to round. With
+`similarity` the report family's student comes down as its similarities of the public set, in the same wire format as
+an upload, and the client distils them before it trains: the server's step with the roles swapped. The paper's ensemble
+itself would be n x n; the student is what has learned it. And `distill.student_init`: where a student starts.
+`experiment=flesd_faithful` turns every such switch to the authors' released code.
 """
 
 import logging
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
-import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedssl.codecs import Codec
 from fedssl.distill import Distillation, distill
-from fedssl.ensemble import EnsembleTarget, Rule
+from fedssl.ensemble import Rule, Target, check_cohort, make_target
+from fedssl.errors import ConfigError
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
+from fedssl.federation.records import Upload, family_arrays, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
-from fedssl.seeding import derive_seed
-from fedssl.similarity import FactorSimilarity, Similarity, collapse_measures
+from fedssl.federation.weights import check_weights, mean_weights
+from fedssl.models import Model
+from fedssl.seeding import derive_seed, generator
+from fedssl.similarity import AnchorMass, FactorSimilarity, Similarity, collapse_measures, unit_rows
 
 log = logging.getLogger(__name__)
+
+DOWNLINKS = ("weights", "similarity", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +56,38 @@ class FLESDClient:
 
     local_epochs: int
     codec: Codec
+    downlink: str  # what came down: weights | similarity | none; without weights the client keeps its model
+    ensemble: Rule  # of the one similarity that comes down
+    distillation: Distillation
+
+    def __post_init__(self) -> None:
+        if self.downlink not in DOWNLINKS:
+            raise ConfigError(f"downlink must be one of {', '.join(DOWNLINKS)}, got {self.downlink!r}")
 
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client."""
-        model = client.load(broadcast)
+        learned: dict[str, float] = {}
+        if self.downlink == "weights":
+            model = client.load(broadcast)
+        else:
+            model = client.remembered(client.family)
+            if broadcast.arrays:
+                learned = client.distill(model, self._target(client, broadcast), self.distillation)
         metrics = client.train(model, epochs=self.local_epochs)
+        metrics |= {f"distill_{name}": value for name, value in learned.items()}
         embeddings = client.embed_public(model)  # (n, d)
-        metrics |= collapse_measures(FactorSimilarity(factors=F.normalize(embeddings, dim=1)))
+        metrics |= collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
         arrays = self.codec.encode(embeddings, client.generator("rotation"))
+        if self.downlink != "weights":
+            client.remember(model, client.family)
+        if self.distillation.student_init == "fedavg_of_family":
+            arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)
+
+    def _target(self, client: Client, broadcast: Broadcast) -> Target:
+        arrays = {name: array.numpy() for name, array in broadcast.arrays.items()}
+        content = self.codec.decode(arrays, len(client.public_set.images))
+        return make_target([content], self.ensemble, self.distillation.target_temperature, [1.0])
 
 
 class FLESD(Strategy):
@@ -62,8 +98,12 @@ class FLESD(Strategy):
         codec: the wire format that the clients use.
         ensemble: how similarities become one target.
         distillation: how students learn from it.
+        downlink: what clients receive.
         warn_mean_cosine: a client whose public embeddings have a larger mean cosine is named as collapsed.
         warn_effective_rank: so is one whose similarity matrix has a smaller effective rank.
+
+    Raises:
+        ConfigError: an upload would be larger than `codec.max_bytes`, or settings that do not go together.
     """
 
     def __init__(
@@ -73,77 +113,150 @@ class FLESD(Strategy):
         codec: Codec,
         ensemble: Rule,
         distillation: Distillation,
+        downlink: str,
         warn_mean_cosine: float,
         warn_effective_rank: float,
     ) -> None:
+        n = len(server.public_set.images)
+        codec.check_size(n, server.projection_dim)
+        check_cohort(ensemble, server.cohort_size or server.num_trainers)
+        distillation.check_target(kernel=ensemble.kernel, num_anchors=codec.anchors(n), num_samples=n)
+        if codec.anchors(n) < n and distillation.target_temperature_end is not None:
+            raise ConfigError(
+                f"codec={codec.name}: the clients sharpen at distill.target_temperature, which the server cannot change "
+                f"afterwards: set distill.target_temperature_end to null, or choose another codec."
+            )
         self.server = server
         self.codec = codec
         self.ensemble = ensemble
         self.distillation = distillation
+        self.downlink = downlink
         self.warn_mean_cosine = warn_mean_cosine
         self.warn_effective_rank = warn_effective_rank
+        self.decoded: WeakKeyDictionary[Message, tuple[Upload, Similarity | AnchorMass]] = WeakKeyDictionary()
 
+    # --- broadcast ---
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Broadcast each family's weights to this round's cohort."""
+        """Broadcast each family's weights, or the student's similarities, or nothing to this round's cohort."""
+        if server_round == 1 and self.distillation.student_init == "public_only":
+            arrays = self._pretrained(arrays)
         self.arrays, self.round_num = arrays, server_round
         cohort = self.server.sample_cohort(server_round, grid)
-        return self.server.messages(server_round, cohort, config, arrays)
+        if self.downlink == "weights":
+            return self.server.messages(server_round, cohort, config, arrays)
+        common = self._student_similarity() if self.downlink == "similarity" and server_round > 1 else ArrayRecord()
+        return self.server.messages(server_round, cohort, config, None, common=common)
 
-    def check(self, reply: Message) -> tuple[Upload, Similarity]:
-        """Parse and decode an upload; `PayloadError` says why it is refused."""
-        upload = Upload.from_message(reply)
-        self.server.check_header(upload, self.round_num, self.codec.name)
-        return upload, self.codec.decode(upload.arrays, len(self.server.public_set.images))
+    def _pretrained(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The students after `distill.init_epochs` of the run's method on the public set; clients start there too."""
+        n = len(self.server.public_set.images)
+        states = {}
+        for family in self.server.families:
+            model = self.server.load(arrays, family)
+            self.server.train(
+                model,
+                self.server.public_set.images,
+                steps=self.distillation.pretraining_steps(n),
+                batch_size=min(self.distillation.batch_size, n),
+                purpose=f"pre-training/{family}",
+                round_num=1,
+            )
+            states[family] = model_state(model)
+        return to_arrays(states)
 
+    def _student_similarity(self) -> ArrayRecord:
+        """What the report family's student has learned, encoded like an upload."""
+        student = self.server.load(self.arrays, self.server.report_family)
+        rotation = generator(self.server.seed, "downlink rotation", self.round_num)
+        arrays = self.codec.encode(self.server.embed_public(student), rotation)
+        return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+
+    # --- gather ---
+    def check(self, reply: Message) -> tuple[Upload, Similarity | AnchorMass]:
+        """Parse and decode an upload, once; `PayloadError` says why it is refused."""
+        if reply not in self.decoded:
+            upload = Upload.from_message(reply)
+            self.server.check_header(upload, self.round_num, self.codec.name)
+            payload, family = upload.arrays, upload.header.family
+            if self.distillation.student_init == "fedavg_of_family":
+                weights = family_weights(upload)
+                check_weights(weights, family_arrays(self.arrays, family), family)
+                payload = {name: value for name, value in payload.items() if name not in weights}
+            content = self.codec.decode(payload, len(self.server.public_set.images))
+            self.decoded[reply] = upload, content
+        return self.decoded[reply]
+
+    # --- ensemble and distil ---
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Ensemble the similarities and distil them into every family's student."""
         received = read_uploads(replies, self.check)
         if not received:
-            return None, None
-        for upload, similarity in received:
-            self._warn_if_collapsed(upload, similarity)
+            return self.arrays, None
+        for upload, content in received:
+            self._warn_if_collapsed(upload, content)
         device = self.server.device
-        target = EnsembleTarget(
-            [similarity.to(device) for _, similarity in received],
+        target = make_target(
+            [content.to(device) for _, content in received],
             self.ensemble,
             self.distillation.target_temperature,
+            [upload.metrics["num-examples"] for upload, _ in received],
         )
+        distillation = self.distillation
+        if server_round == 1 and distillation.student_init != "public_only":
+            distillation = replace(distillation, feature_weight=0.0)  # nothing is learned yet that could be forgotten
         students = {}
         metrics: dict[str, float] = {}
         for family in self.server.families:
-            student = self.server.load(self.arrays, family)
+            student, before = self._student(family, [upload for upload, _ in received])
             learned = distill(
                 student,
                 target,
                 self.server.public_set.images,
-                distillation=self.distillation,
+                distillation=distillation,
                 views=self.server.views,
                 seed=derive_seed(self.server.seed, f"distillation/{family}", server_round),
                 round_num=server_round,
                 num_rounds=self.server.num_rounds,
                 device=device,
                 amp=self.server.local.amp and device.type == "cuda",
+                reference=before,
             )
             students[family] = model_state(student)
             metrics |= {f"{family}/{name}": value for name, value in learned.items()}
         return to_arrays(students), to_metrics(metrics)
 
-    def _warn_if_collapsed(self, upload: Upload, similarity: Similarity) -> None:
-        measures = collapse_measures(similarity)
-        if measures["mean_cosine"] > self.warn_mean_cosine or measures["effective_rank"] < self.warn_effective_rank:
+    def _student(self, family: str, uploads: list[Upload]) -> tuple[Model, Model]:
+        """The student where `distill.student_init` lets it start, and as the last round left it."""
+        before = self.server.load(self.arrays, family)
+        student = self.server.load(self.arrays, family)  # previous, and public_only after the first round's training
+        members = [upload for upload in uploads if upload.header.family == family]
+        if self.distillation.student_init == "scratch":
+            student = self.server.build_model(family).to(self.server.device)
+        elif self.distillation.student_init == "fedavg_of_family" and members:
+            states = [family_weights(upload) for upload in members]
+            shares = [upload.metrics["num-examples"] for upload in members]
+            student = self.server.load(to_arrays({family: mean_weights(states, shares)}), family)
+        return student, before
+
+    def _warn_if_collapsed(self, upload: Upload, content: Similarity | AnchorMass) -> None:
+        # Masses over anchors do not tell cosines back: there the client's own word has to do.
+        measures = upload.metrics if isinstance(content, AnchorMass) else collapse_measures(content)
+        mean_cosine, effective_rank = measures.get("mean_cosine", 0.0), measures.get("effective_rank", math.inf)
+        if mean_cosine > self.warn_mean_cosine or effective_rank < self.warn_effective_rank:
             log.warning(
                 "round %d: client %d (%s) has collapsed: mean cosine %.3f, effective rank %.1f on the public set",
                 upload.header.round_num,
                 upload.header.partition_id,
                 upload.header.family,
-                measures["mean_cosine"],
-                measures["effective_rank"],
+                mean_cosine,
+                effective_rank,
             )
 
+    # --- evaluation ---
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -159,3 +272,9 @@ class FLESD(Strategy):
         log.info(
             "FLESD: codec %s, ensemble %s, students %s", self.codec, self.ensemble, ", ".join(self.server.families)
         )
+
+
+def family_weights(upload: Upload) -> dict[str, np.ndarray]:
+    """The client's weights, by `<family>/<parameter>`; empty where it sent none."""
+    prefix = f"{upload.header.family}/"
+    return {name: value for name, value in upload.arrays.items() if name.startswith(prefix)}

@@ -11,13 +11,13 @@ The server half is FLESD's (conf/strategy/placebo.yaml).
 from dataclasses import dataclass
 
 import numpy as np
-import torch.nn.functional as F
 
 from fedssl.codecs import Codec
+from fedssl.distill import Distillation
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload
 from fedssl.models import calibrate_batch_norm
-from fedssl.similarity import FactorSimilarity, collapse_measures
+from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class PlaceboClient:
     """The client half: embed the public set with untrained weights."""
 
     codec: Codec
+    distillation: Distillation
 
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client; the broadcast is received (its bytes count) and ignored."""
@@ -33,6 +34,8 @@ class PlaceboClient:
         batch = images.take(np.arange(min(len(images), client.embed_batch_size))).to(client.device)
         calibrate_batch_norm(model, client.views.plain(batch))
         embeddings = client.embed_public(model)  # (n, d)
-        metrics = collapse_measures(FactorSimilarity(factors=F.normalize(embeddings, dim=1)))
+        metrics = collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
         arrays = self.codec.encode(embeddings, client.generator("rotation"))
+        if self.distillation.student_init == "fedavg_of_family":
+            arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)

@@ -2,8 +2,10 @@
 
 A control, not a paper: the clients' knowledge must be worth more than the public images by themselves. Equal effort:
 in every round each family's model takes as many optimiser steps as FLESD's student would and sees at least as many
-images (student's and momentum encoder's views, and the filling of the queue, counted alike), with the run's `method`.
-With `total`, also as many images as all clients of the cohort would have seen in their local training.
+images (student's and momentum encoder's views, and the filling of the queue, counted alike), with the run's `method`;
+in the first round also what `distill.student_init=public_only` trains the student with beforehand. With `total`, also
+as many images as all clients of the cohort would have seen, in their local training and under `downlink=similarity` in
+their own distillation.
 """
 
 import logging
@@ -27,30 +29,37 @@ class PublicOnly(Strategy):
         server: what the framework knows.
         distillation: the student's schedule that this control matches.
         total: match the clients' image passes as well.
+        downlink: what clients would have received.
     """
 
-    def __init__(self, *, server: Server, distillation: Distillation, total: bool) -> None:
+    def __init__(self, *, server: Server, distillation: Distillation, total: bool, downlink: str) -> None:
         self.server = server
         self.distillation = distillation
         self.total = total
+        self.downlink = downlink
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """No messages; remember what the clients would have done."""
-        self.arrays = arrays
+        self.arrays, self.round_num = arrays, server_round
         cohort = self.server.sample_cohort(server_round, grid) if self.total else []
         self.client_passes = 2 * self.server.local.local_epochs * sum(member.num_images for member in cohort)
+        if self.downlink == "similarity" and server_round > 1:
+            self.client_passes += len(cohort) * self.distillation.image_passes(len(self.server.public_set.images))
         return []
 
     def effort(self) -> tuple[int, int]:
-        """Optimiser steps and batch size of one round.
+        """Optimiser steps and batch size of this round.
 
         As many steps as the student takes, in the smallest batches that see as many images; where not even the whole
         public set in every step does, and for the clients' passes, more steps.
         """
         n = len(self.server.public_set.images)
         steps, passes = self.distillation.num_steps(n), self.distillation.image_passes(n)
+        if self.round_num == 1:
+            steps += self.distillation.pretraining_steps(n)
+            passes += self.distillation.pretraining_image_passes(n)
         enough = (size for size in range(2, n) if image_passes(n, size, steps) >= passes)
         batch_size = next(enough, n)
         while image_passes(n, batch_size, steps) < passes + self.client_passes:

@@ -1,6 +1,6 @@
 """What a strategy's client half may touch, and what it is handed and returns."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -14,8 +14,10 @@ from torch import Tensor
 from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
+from fedssl.distill import Distillation, distill
+from fedssl.ensemble import Target
 from fedssl.errors import ConfigError
-from fedssl.evaluate import Evaluator
+from fedssl.evaluate import Evaluator, extract_features
 from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
 from fedssl.methods import Method
 from fedssl.models import Model
@@ -27,6 +29,7 @@ from fedssl.train import Optimisation, train
 class LocalTraining:
     """How a client trains. The numbers live in conf/client/."""
 
+    methods: Sequence[Method] | None  # partition p trains with methods[p % len]; None: all with the run's method
     local_epochs: int
     batch_size: int
     threads: int  # torch threads of a client on the CPU; part of the result
@@ -111,6 +114,10 @@ class Client:
         """Keep a copy of `model` for this client's next round, as the one of `family`."""
         self.memory |= {f"{family}/{name}": value.to("cpu", copy=True) for name, value in model_state(model).items()}
 
+    def weights(self, model: Model) -> dict[str, np.ndarray]:
+        """All weights of a model of this client's family as they travel, by `<family>/<parameter>`."""
+        return {f"{self.family}/{name}": value.cpu().numpy() for name, value in model_state(model).items()}
+
     def untrained(self) -> Model:
         """A model of this client's family that has seen no image, initialised by a seed of this client's own."""
         return self.build_untrained(self.family, self.partition_id).to(self.device)
@@ -138,16 +145,24 @@ class Client:
 
         arXiv 2109.14611 compares similarities of the projector's outputs; so do we.
         """
-        with self.doing("embedding the public set"), torch.no_grad():
-            was_training = model.training
-            model.eval()
-            images = self.public_set.images
-            batches = [
-                model(self.views.plain(images.take(rows).to(self.device))).float().cpu()
-                for rows in np.array_split(np.arange(len(images)), -(-len(images) // self.embed_batch_size))
-            ]
-            model.train(was_training)
-            return torch.cat(batches)
+        with self.doing("embedding the public set"):
+            return extract_features(model, self.public_set.images, self.views, self.embed_batch_size, self.device)
+
+    def distill(self, model: Model, target: Target, distillation: Distillation) -> dict[str, float]:
+        """The server's step with the roles swapped: `model` learns a target that came down; `distill`'s metrics."""
+        with self.doing("distilling the downlink"):
+            return distill(
+                model,
+                target,
+                self.public_set.images,
+                distillation=distillation,
+                views=self.views,
+                seed=derive_seed(self.seed, "local distillation", self.round_num, self.partition_id),
+                round_num=self.round_num,
+                num_rounds=self.num_rounds,
+                device=self.device,
+                amp=self.local.amp and self.device.type == "cuda",
+            )
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Probe a model that never leaves this client on the run's labelled test (simulation only)."""

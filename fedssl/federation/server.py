@@ -8,13 +8,16 @@ from typing import TypeVar
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from jaxtyping import Float
+from torch import Tensor
 
 from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
 from fedssl.errors import PayloadError
+from fedssl.evaluate import extract_features
 from fedssl.federation.client import LocalTraining
-from fedssl.federation.records import Upload, family_arrays, family_state, load_state, model_state, to_arrays
+from fedssl.federation.records import Header, Upload, family_arrays, family_state, load_state, model_state, to_arrays
 from fedssl.federation.roster import Member, ask_roster
 from fedssl.methods import Method
 from fedssl.models import Model
@@ -29,16 +32,21 @@ class Server:
     """The server's side of a run: its public set, its families, its device.
 
     Args:
-        families: the architecture families of the clients, each once, in the order of `federation.families`.
+        families: the architectures of the global models: the clients', then those of `federation.server_families`.
+        client_families: the clients' alone, each once, in the order of `federation.families`.
         cohort_size: clients per round; None: all that train.
+        num_trainers: clients that train at all.
         build_model: family -> the run's initial model of that family, the same at every call.
         private_union: the private images of all training clients (simulation only, for `centralized`).
+        projection_dim: d, the width of the projections that similarities are made of.
     """
 
     seed: int
     num_rounds: int
     cohort_size: int | None
+    num_trainers: int
     families: tuple[str, ...]
+    client_families: tuple[str, ...]
     report_family: str
     public_set: PublicSet
     views: Views
@@ -46,6 +54,8 @@ class Server:
     local: LocalTraining
     build_model: Callable[[str], Model]
     private_union: Callable[[], ImageSet]
+    projection_dim: int
+    embed_batch_size: int
     device: torch.device
 
     def initial_arrays(self) -> ArrayRecord:
@@ -77,18 +87,22 @@ class Server:
         members: Sequence[Member],
         config: ConfigRecord,
         arrays: ArrayRecord | None,
+        *,
+        common: ArrayRecord | None = None,
         kind: str = "train",
     ) -> list[Message]:
-        """One message a member; members of a family share one content, which holds their family's weights.
+        """One message a member; members of a family share one content.
 
         Args:
-            arrays: weights of all families; None sends no weights.
+            arrays: weights of all families, of which each member gets its own; None sends no weights.
+            common: arrays that go to everyone instead.
             kind: "train" or "evaluate".
         """
+        common = ArrayRecord() if common is None else common
         contents = {
             family: RecordDict(
                 {
-                    "arrays": ArrayRecord() if arrays is None else family_arrays(arrays, family),
+                    "arrays": common if arrays is None else family_arrays(arrays, family),
                     "config": ConfigRecord(
                         {**config, "server-round": round_num, "public-fingerprint": self.public_set.fingerprint}
                     ),
@@ -110,6 +124,10 @@ class Server:
                 f"its public set ({header.public_fingerprint[:12]}) is not the server's "
                 f"({self.public_set.fingerprint[:12]}): same images, order and transform are needed (public=)"
             )
+
+    def embed_public(self, model: Model) -> Float[Tensor, "n d"]:
+        """As `Client.embed_public`: projections of the public set, as they are, on the CPU."""
+        return extract_features(model, self.public_set.images, self.views, self.embed_batch_size, self.device)
 
     def train(
         self, model: Model, images: ImageSet, *, steps: int, batch_size: int, purpose: str, round_num: int
@@ -157,5 +175,5 @@ def read_uploads(replies: Iterable[Message], check: Callable[[Message], Read]) -
         except PayloadError as error:
             log.warning("refused the reply of node %d: %s", reply.metadata.src_node_id, error)
         else:
-            usable.append((Upload.from_message(reply).header.partition_id, read))
+            usable.append((Header.from_record(reply.content.config_records["header"]).partition_id, read))
     return [read for _, read in sorted(usable, key=lambda pair: pair[0])]

@@ -34,6 +34,7 @@ class Federation:
     num_rounds: int
     min_replies: int | None  # fewer usable replies in a round end the run; None: half of the cohort, rounded up
     families: Sequence[str]  # architectures; partition p runs families[p % len]
+    server_families: Sequence[str]  # architectures of students that no client runs
     report_family: str | None  # whose figures head the report; None: the one with most backbone parameters
     round_timeout: float | None  # seconds a round waits for its clients; None: as long as it takes
     keep_checkpoints: int
@@ -105,24 +106,32 @@ class Setup:
         """Who takes part."""
         federation: Federation = instantiate(self.config["federation"])
         known = sorted(self.config["models"])
-        for family in federation.families:
-            if family not in known:
-                raise ConfigError(
-                    f"federation.families names the architecture {family!r}; known are {', '.join(known)}. "
-                    f"Add your own as +models.{family}._target_=mypackage.MyBackbone"
-                )
-        if federation.report_family and federation.report_family not in federation.families:
+        for key in ("families", "server_families"):
+            for family in getattr(federation, key):
+                if family not in known:
+                    raise ConfigError(
+                        f"federation.{key} names the architecture {family!r}; known are {', '.join(known)}. "
+                        f"Add your own as +models.{family}._target_=mypackage.MyBackbone"
+                    )
+        takes_part = (*federation.families, *federation.server_families)
+        if federation.report_family and federation.report_family not in takes_part:
             raise ConfigError(
                 f"federation.report_family={federation.report_family} is no client's architecture: choose one of "
-                f"federation.families=[{', '.join(federation.families)}], or add it to them."
+                f"federation.families=[{', '.join(federation.families)}], or add it to them "
+                f"(or to federation.server_families, for a student without clients)."
             )
         return federation
 
     @cached_property
-    def families(self) -> tuple[str, ...]:
+    def client_families(self) -> tuple[str, ...]:
         """The clients' architecture families, each once; families beyond the last client do not take part."""
         federation = self.federation
         return tuple(dict.fromkeys(federation.family(p) for p in range(federation.num_clients)))
+
+    @cached_property
+    def families(self) -> tuple[str, ...]:
+        """All architecture families: the clients', then those of students without clients."""
+        return tuple(dict.fromkeys((*self.client_families, *self.federation.server_families)))
 
     @cached_property
     def report_family(self) -> str:
@@ -133,7 +142,7 @@ class Setup:
         chosen = self.federation.report_family
         if chosen is None:
             return max(training, key=lambda family: num_parameters(self.build_model(family).backbone))
-        if chosen not in training:
+        if chosen not in (*training, *self.federation.server_families):
             raise ConfigError(
                 f"federation.report_family={chosen} has no client that trains: of num_clients="
                 f"{self.federation.num_clients} clients, {len(trainers)} train, and their "
@@ -165,6 +174,11 @@ class Setup:
         """The self-supervised method."""
         method: Method = instantiate(self.config["method"])
         return method
+
+    def client_method(self, partition_id: int) -> Method:
+        """What this client trains with."""
+        methods = self.local.methods
+        return methods[partition_id % len(methods)] if methods else self.method
 
     @cached_property
     def device(self) -> torch.device:
@@ -251,6 +265,11 @@ class Setup:
         width = feature_dim(backbone, int(self.config["data"]["image_size"]))
         return Model(backbone, instantiate(self.config["projector"], in_dim=width))
 
+    @cached_property
+    def projection_dim(self) -> int:
+        """d, the width of what a client embeds the public set with."""
+        return feature_dim(self.build_model(self.report_family), int(self.config["data"]["image_size"]))
+
     # --- the two sides ---
     def client(self, partition_id: int, round_num: int) -> Client:
         """What the client half is handed in one round."""
@@ -264,7 +283,7 @@ class Setup:
             private_set=self.data.private(partition_id),
             public_set=self.public_set,
             views=self.views,
-            method=self.method,
+            method=self.client_method(partition_id),
             local=self.local,
             build_model=self.build_model,
             build_untrained=self.build_untrained,
@@ -279,7 +298,9 @@ class Setup:
             seed=self.seed,
             num_rounds=self.federation.num_rounds,
             cohort_size=self.federation.cohort_size,
+            num_trainers=len(self.data.training_partitions),
             families=self.families,
+            client_families=self.client_families,
             report_family=self.report_family,
             public_set=self.public_set,
             views=self.views,
@@ -287,6 +308,8 @@ class Setup:
             local=self.local,
             build_model=self.build_model,
             private_union=self.private_union,
+            projection_dim=self.projection_dim,
+            embed_batch_size=self.evaluation.batch_size,
             device=self.device,
         )
 

@@ -1,0 +1,46 @@
+"""Weights that clients sent: checked against the family's, and averaged."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from fedssl.errors import PayloadError
+
+
+def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
+    """Refuse weights with other names, shapes or dtypes than the family's, or that are not finite.
+
+    Args:
+        arrays: what a client sent, by `<family>/<parameter>`.
+        expected: the family's own weights.
+        family: for the message.
+
+    Raises:
+        PayloadError: names the first weight that does not fit.
+    """
+    if arrays.keys() != expected.keys():
+        raise PayloadError(f"its weights are not those of {family}: {sorted(arrays.keys() ^ expected.keys())[:3]}")
+    for name, value in arrays.items():
+        own = expected[name]
+        if (str(value.dtype), value.shape) != (own.dtype, tuple(own.shape)):
+            raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
+        if not np.isfinite(value).all():
+            raise PayloadError(f"weight {name!r} holds NaN or infinity")
+
+
+def mean_weights(states: Sequence[Mapping[str, np.ndarray]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted mean of one family's weights, by parameter name, summed in double precision and in this order.
+
+    Args:
+        states: at least one, by `<family>/<parameter>`.
+        shares: each state's weight, > 0; they need not sum to 1.
+    """
+    mean = {}
+    for name in states[0]:
+        total = sum(share * torch.from_numpy(state[name]).double() for share, state in zip(shares, states, strict=True))
+        assert isinstance(total, Tensor)
+        mean[name.split("/", 1)[1]] = (total / sum(shares)).float()
+    return mean

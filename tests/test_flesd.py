@@ -1,0 +1,248 @@
+"""FLESD's switches: families without clients, what comes down, where students start, what each client trains with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord
+
+from fedssl.errors import ConfigError
+from fedssl.federation import rounds, simulation
+from fedssl.federation.records import family_state, model_state
+from fedssl.federation.setup import Setup
+from fedssl.federation.simulation import build_strategy
+from fedssl.federation.store import ClientStore
+from fedssl.methods.info_nce import InfoNCE
+from fedssl.methods.simclr import SimCLR
+from strategies import flesd
+from strategies.flesd import FLESD
+from tests.federation_helpers import (
+    FAMILIES,
+    assert_same,
+    final_arrays,
+    first_round,
+    numpy_of,
+    open_in_process,
+    rows,
+    small,
+    without_clock,
+)
+
+WIDE = (
+    "+models.wide={_target_: fedssl.models.backbones.Conv4, width: 6}",
+    "federation.server_families=[wide]",
+)
+
+
+# --- families without clients ---
+def test_a_student_that_no_client_runs(tmp_path: Path) -> None:
+    """It learns from the same ensemble, is evaluated and saved; nothing of it goes to a client."""
+    summary = simulation.run(small(tmp_path / "run", "strategy=flesd", *WIDE))
+    assert list(summary["families"]) == [*FAMILIES, "wide"]
+    assert summary["families"]["wide"]["num_clients"] == 0
+    assert summary["report_family"] == "conv4_4"  # the largest that clients train
+    assert (tmp_path / "run" / "models" / "wide.safetensors").exists()
+    without = simulation.run(small(tmp_path / "without", "strategy=flesd"))
+    assert summary["downlink_bytes"] == without["downlink_bytes"]
+    arrays, initial = final_arrays(tmp_path / "run"), Setup(small(None, *WIDE)).build_model("wide")
+    weight = "backbone.0.weight"
+    assert not np.array_equal(arrays[f"wide/{weight}"], model_state(initial)[weight].numpy())
+
+
+def test_a_student_without_clients_can_head_the_report(tmp_path: Path) -> None:
+    """Then its fair control trains it on every shard, and averaging has nothing to say."""
+    overrides = (*WIDE, "federation.report_family=wide")
+    assert "knn_top1" in simulation.run(small(tmp_path / "flesd", "strategy=flesd", *overrides))
+    local = simulation.run(small(tmp_path / "local", "strategy=local_only", *overrides))
+    assert local["families"]["wide"]["num_clients"] == 4
+    with pytest.raises(ConfigError, match=r"no client is of federation\.report_family=wide: choose one of conv4_4"):
+        build_strategy(Setup(small(None, "strategy=fedavg", *overrides)))
+
+
+def test_averaging_has_no_model_of_a_family_without_clients(tmp_path: Path) -> None:
+    assert list(simulation.run(small(tmp_path / "run", "strategy=fedavg", *WIDE))["families"]) == list(FAMILIES)
+
+
+def test_an_unknown_server_family() -> None:
+    with pytest.raises(ConfigError, match=r"federation\.server_families names the architecture 'huge'; known are"):
+        _ = Setup(small(None, "federation.server_families=[huge]")).federation
+
+
+# --- what comes down ---
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Downlink -> the directory of its run of three rounds, made once."""
+    runs: dict[str, Path] = {}
+
+    def of(downlink: str) -> Path:
+        if downlink not in runs:
+            runs[downlink] = tmp_path_factory.mktemp("runs") / downlink
+            simulation.run(small(runs[downlink], "strategy=flesd", f"downlink={downlink}", "federation.num_rounds=3"))
+        return runs[downlink]
+
+    return of
+
+
+@pytest.mark.parametrize("downlink", ["similarity", "none"])
+def test_clients_keep_their_models(downlink: str, kept: Any) -> None:
+    """What each goes on with is what it had, not the family's global model."""
+    for partition in range(4):
+        memory = ClientStore(kept(downlink) / "clients").read(partition, before=9)
+        family = FAMILIES[partition % 3]
+        own = {name.removeprefix(f"{family}/"): value.numpy() for name, value in memory.items()}
+        assert own.keys() == model_state(Setup(small(None)).build_model(family)).keys()
+        globally = {k.removeprefix(f"{family}/"): v for k, v in final_arrays(kept(downlink)).items()}
+        assert any(not np.array_equal(own[name], globally[name]) for name in own)
+    assert not ClientStore(kept("weights") / "clients").read(0, before=9)
+
+
+def test_a_similarity_comes_down_from_the_second_round_on(kept: Any) -> None:
+    """Round 1 has no student worth hearing; later each client distils the student's similarities, then trains."""
+    client = rows(kept("similarity"), "client")
+    assert ["distill_loss" in row["metrics"] for row in client] == [False] * 4 + [True] * 8
+    down = [row["metrics"]["downlink_bytes"] for row in rows(kept("similarity"), "server")]
+    nothing = [row["metrics"]["downlink_bytes"] for row in rows(kept("none"), "server")]
+    assert down[0] == nothing[0]
+    assert down[1] == down[2] > nothing[1] + 4 * 24 * 8 * 2  # 24 images, 8 dimensions, 2 bytes
+    weights = [row["metrics"]["downlink_bytes"] for row in rows(kept("weights"), "server")]
+    assert down[1] < weights[1]
+
+
+def test_what_comes_down_is_the_report_familys_student(tmp_path: Path) -> None:
+    config = small(None, "strategy=flesd", "downlink=similarity")
+    setup, strategy, messages, replies = first_round(config, tmp_path)
+    assert all(len(message.content["arrays"]) == 0 for message in messages)
+    learned, _ = strategy.aggregate_train(1, replies)
+    assert isinstance(strategy, FLESD)
+    assert learned is not None
+    grid = open_in_process(config, tmp_path)
+    second = list(strategy.configure_train(2, learned, ConfigRecord(), grid))
+    sent = [numpy_of(message.content["arrays"]) for message in second]
+    for other in sent[1:]:
+        assert_same(sent[0], other)
+    student = setup.server().load(learned, setup.report_family)
+    z = torch.nn.functional.normalize(setup.server().embed_public(student), dim=1)
+    similarity = strategy.codec.decode(sent[0], 24).block(torch.arange(24), torch.arange(24))
+    torch.testing.assert_close(similarity, z @ z.T, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("downlink", ["similarity", "none"])
+def test_resume_with_models_that_clients_keep(
+    downlink: str, kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", "strategy=flesd", f"downlink={downlink}", "federation.num_rounds=3")
+    one_round = rounds.Rounds.one_round
+
+    def until_one(self: rounds.Rounds, state: rounds.State, round_num: int) -> rounds.State:
+        if round_num == 2:
+            raise KeyboardInterrupt
+        return one_round(self, state, round_num)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.Rounds, "one_round", until_one)
+        with pytest.raises(KeyboardInterrupt):
+            simulation.run(config)
+    resumed = simulation.resume(config, tmp_path / "run")
+    assert_same(final_arrays(tmp_path / "run"), final_arrays(kept(downlink)))
+    assert rows(tmp_path / "run") == rows(kept(downlink))
+    assert without_clock(resumed) == without_clock(json.loads((kept(downlink) / "summary.json").read_text()))
+
+
+def test_an_unknown_downlink() -> None:
+    with pytest.raises(ConfigError, match=r"downlink must be one of weights, similarity, none, got 'all'"):
+        build_strategy(Setup(small(None, "strategy=flesd", "downlink=all")))
+
+
+# --- where students start ---
+def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, init: str, *more: str) -> tuple[Any, ...]:
+    """Setup, messages, replies, and for each family what `distill` is given as student and as reference."""
+    given: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    families = iter(FAMILIES)
+
+    def spy(student: Any, *_: Any, reference: Any, **__: Any) -> dict[str, float]:
+        copies = [{k: v.clone() for k, v in model_state(model).items()} for model in (student, reference)]
+        given[next(families)] = (copies[0], copies[1])
+        return {"loss": 0.0}
+
+    config = small(None, "strategy=flesd", f"distill.student_init={init}", *more)
+    setup, strategy, messages, replies = first_round(config, tmp_path)
+    monkeypatch.setattr(flesd, "distill", spy)
+    strategy.aggregate_train(1, replies)
+    return setup, messages, replies, given
+
+
+def equal(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[name]), np.asarray(b[name])) for name in a)
+
+
+@pytest.mark.parametrize("init", ["previous", "scratch"])
+def test_students_go_on_or_start_anew(init: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a second round the two differ: `previous` is what the first round learned."""
+    config = small(None, "strategy=flesd", f"distill.student_init={init}")
+    setup, strategy, _, replies = first_round(config, tmp_path)
+    learned, _ = strategy.aggregate_train(1, replies)
+    assert isinstance(strategy, FLESD)
+    assert learned is not None
+    strategy.arrays = learned
+    student, before = (model_state(model) for model in strategy._student("tiny", []))
+    initial = model_state(setup.build_model("tiny"))
+    assert equal(before, family_state(learned, "tiny"))
+    assert equal(student, initial if init == "scratch" else before)
+    assert not equal(before, initial)
+
+
+def test_students_that_start_from_the_familys_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setup, _, replies, given = starts(monkeypatch, tmp_path, "fedavg_of_family")
+    sent = [{k: a.numpy() for k, a in reply.content["arrays"].items()} for reply in replies]
+    sizes = [len(setup.data.partitions[p]) for p in range(4)]
+    student, reference = given["conv4_4"]  # of partitions 0 and 3
+    for name, value in student.items():
+        by_hand = (sizes[0] * sent[0][f"conv4_4/{name}"] + sizes[3] * sent[3][f"conv4_4/{name}"]) / (
+            sizes[0] + sizes[3]
+        )
+        np.testing.assert_allclose(value.numpy(), by_hand, rtol=1e-5, atol=1e-7)
+    assert equal(given["tiny"][0], {k.removeprefix("tiny/"): v for k, v in sent[2].items() if k.startswith("tiny/")})
+    assert equal(reference, model_state(setup.build_model("conv4_4")))
+
+
+def test_placebo_starts_students_from_untrained_means(tmp_path: Path) -> None:
+    overrides = ("strategy=placebo", "distill.student_init=fedavg_of_family")
+    assert simulation.run(small(tmp_path / "run", *overrides))["status"] == "completed"
+
+
+def test_students_and_clients_that_start_from_public_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setup, messages, _, given = starts(monkeypatch, tmp_path, "public_only", "distill.init_epochs=2")
+    for partition, message in enumerate(messages):
+        family = FAMILIES[partition % 3]
+        broadcast = family_state(message.content["arrays"], family)
+        assert equal(broadcast, given[family][0])
+        assert not equal(broadcast, model_state(setup.build_model(family)))
+
+
+def test_public_only_makes_up_for_the_pre_training(tmp_path: Path) -> None:
+    """Equal steps over the run: the control takes in round 1 what `distill.init_epochs` gave the student."""
+
+    def steps(*overrides: str) -> list[float]:
+        run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+        simulation.run(small(run_dir, "strategy=public_only", *overrides))
+        return [row["metrics"]["tiny/steps"] for row in rows(run_dir, "server")]
+
+    plain, more = steps(), steps("distill.student_init=public_only", "distill.init_epochs=4")
+    assert more[0] >= plain[0] + 4 * (24 // 8)
+    assert more[1] == plain[1]
+
+
+# --- what each client trains with ---
+def test_a_method_for_each_client(tmp_path: Path) -> None:
+    setup = Setup(small(tmp_path / "run", "client.methods=[info_nce,simclr]", "method=simclr"))
+    assert [type(setup.client(p, 1).method) for p in range(4)] == [InfoNCE, SimCLR, InfoNCE, SimCLR]
+    assert isinstance(setup.server().method, SimCLR)
+    assert simulation.run(dict(setup.config))["status"] == "completed"
+
+
+def test_an_unknown_method_of_a_client() -> None:
+    with pytest.raises(ConfigError, match=r"method=simlcr: there is no such choice"):
+        small(None, "client.methods=[simlcr]")
