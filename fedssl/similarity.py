@@ -5,16 +5,33 @@ https://arxiv.org/abs/2109.14611). S is invariant to any rotation of the embeddi
 dimension, which is why clients of different architectures can be compared and averaged.
 
 Nobody needs all of S at once: a `Similarity` answers for a block of rows and columns. `FactorSimilarity` computes the
-block from n x d unit rows, `DenseSimilarity` gathers it from an n x n matrix that a client sent.
+block from n x d rows; `DenseSimilarity`, `TriangleSimilarity` and `TopKSimilarity` gather it from what a client sent of
+the n x n matrix. All hold their numbers in the type in which they were sent and convert block by block: int8 holds
+127 times a cosine.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64, Num
 from torch import Tensor
+
+BLOCK_ROWS = 256  # rows of an n x n matrix at a time: 50 MB of fp32 for n = 50,000
+INT8_ONE = 127  # the int8 that stands for 1
+
+
+def row_blocks(num_rows: int) -> Iterator[slice]:
+    """The rows 0..num_rows-1 in blocks of at most `BLOCK_ROWS`."""
+    for start in range(0, num_rows, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, num_rows))
+
+
+def to_float(values: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Cosines as they are held (fp32, fp16, or int8 as 127 times the cosine) in fp32."""
+    return values.float() / INT8_ONE if values.dtype == torch.int8 else values.float()
 
 
 @runtime_checkable
@@ -53,13 +70,21 @@ def cosine_similarity(embeddings: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FactorSimilarity:
-    """S = F F^T, never built: a block costs b x k x d multiplications.
+    """S_ij = cos(f_i, f_j), never built: a block costs b x k x d multiplications.
 
     Args:
-        factors: (n, d) fp32 unit rows.
+        factors: (n, d) rows of any type and of any length; a row of zeros has cosine 0 with every image.
     """
 
-    factors: Float[Tensor, "n d"] = field(repr=False)
+    factors: Num[Tensor, "n d"] = field(repr=False)
+    inverse_norms: Float[Tensor, " n"] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        inverse = torch.empty(len(self.factors), device=self.factors.device)
+        for rows in row_blocks(len(inverse)):
+            norms = torch.linalg.vector_norm(self.factors[rows].double(), dim=1)
+            inverse[rows] = torch.where(norms > 0, 1 / norms, 0).float()
+        object.__setattr__(self, "inverse_norms", inverse)
 
     @property
     def num_samples(self) -> int:
@@ -71,14 +96,24 @@ class FactorSimilarity:
         """See `Similarity.device`."""
         return self.factors.device
 
+    def unit(self, rows: Int64[Tensor, " b"] | slice) -> Float[Tensor, "b d"]:
+        """The rows asked for, with length 1, fp32."""
+        return self.factors[rows].float() * self.inverse_norms[rows, None]
+
     def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
         """See `Similarity.block`."""
-        return (self.factors[rows] @ self.factors[columns].T).clamp(-1, 1)
+        return (self.unit(rows) @ self.unit(columns).T).clamp_(-1, 1)
 
     def sums(self) -> tuple[float, float]:
         """See `Similarity.sums`. From the factors alone: |sum_i f_i|^2, and ||F F^T||_F = ||F^T F||_F."""
-        factors = self.factors.double()
-        return factors.sum(dim=0).square().sum().item(), (factors.T @ factors).square().sum().item()
+        dim = self.factors.shape[1]
+        total = torch.zeros(dim, dtype=torch.float64, device=self.factors.device)
+        gram = torch.zeros(dim, dim, dtype=torch.float64, device=self.factors.device)
+        for rows in row_blocks(self.num_samples):
+            factors = self.unit(rows).double()
+            total += factors.sum(dim=0)
+            gram += factors.T @ factors
+        return total.square().sum().item(), gram.square().sum().item()
 
     def to(self, device: torch.device) -> "FactorSimilarity":
         """See `Similarity.to`."""
@@ -87,13 +122,13 @@ class FactorSimilarity:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DenseSimilarity:
-    """S as a matrix, as a client sent it: 4 n^2 bytes, so only for small public sets.
+    """S as a matrix, as a client sent it: n^2 numbers, so only for small public sets.
 
     Args:
-        matrix: (n, n) fp32 cosines.
+        matrix: (n, n) cosines in fp32 or fp16, or 127 times the cosines in int8.
     """
 
-    matrix: Float[Tensor, "n n"] = field(repr=False)
+    matrix: Num[Tensor, "n n"] = field(repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -107,12 +142,11 @@ class DenseSimilarity:
 
     def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
         """See `Similarity.block`."""
-        return self.matrix[rows[:, None], columns]
+        return to_float(self.matrix[rows[:, None], columns])
 
     def sums(self) -> tuple[float, float]:
         """See `Similarity.sums`."""
-        matrix = self.matrix.double()
-        return matrix.sum().item(), matrix.square().sum().item()
+        return _sums(self.matrix)
 
     def to(self, device: torch.device) -> "DenseSimilarity":
         """See `Similarity.to`."""
@@ -120,11 +154,106 @@ class DenseSimilarity:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AnchorMass:
-    """What a client that sharpens its similarities itself says: no cosines, only how much each anchor weighs.
+class TriangleSimilarity:
+    """S as its strict upper triangle: half of `DenseSimilarity`.
 
     Args:
-        values: (n, m) masses of all public images over the anchors, the first m public positions; at least 0.
+        values: n (n - 1) / 2 cosines in fp32 or fp16, or 127 times the cosines in int8: S[0, 1], S[0, 2], ...,
+            S[0, n-1], S[1, 2], ... (row-major).
+        num_samples: n.
+    """
+
+    values: Num[Tensor, " pairs"] = field(repr=False)
+    num_samples: int
+
+    @property
+    def device(self) -> torch.device:
+        """See `Similarity.device`."""
+        return self.values.device
+
+    def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
+        """See `Similarity.block`."""
+        if not len(self.values):  # one image
+            return torch.ones(len(rows), len(columns), device=rows.device)
+        i, j = torch.minimum(rows[:, None], columns), torch.maximum(rows[:, None], columns)
+        before = i * (2 * self.num_samples - i - 1) // 2  # pairs in the rows above i
+        positions = torch.where(i == j, 0, before + j - i - 1)
+        return to_float(self.values[positions]).masked_fill_(i == j, 1)
+
+    def sums(self) -> tuple[float, float]:
+        """See `Similarity.sums`."""
+        total, squares = _sums(self.values)
+        return 2 * total + self.num_samples, 2 * squares + self.num_samples
+
+    def to(self, device: torch.device) -> "TriangleSimilarity":
+        """See `Similarity.to`."""
+        return TriangleSimilarity(values=self.values.to(device), num_samples=self.num_samples)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopKSimilarity:
+    """The k largest cosines of each row, those with other images; whatever is missing is `floor`.
+
+    Row i answers for itself: S[i, j] may be known and S[j, i] missing.
+
+    Args:
+        values: (n, k) cosines in fp32 or fp16, or 127 times the cosines in int8.
+        indices: (n, k) their columns, ascending within a row, i not in row i. int16 holds uint16's bits (public sets of
+            up to 65,536 images), int32 plain numbers.
+        floor: the cosine of a missing entry.
+    """
+
+    values: Num[Tensor, "n k"] = field(repr=False)
+    indices: Int[Tensor, "n k"] = field(repr=False)
+    floor: float
+
+    @property
+    def num_samples(self) -> int:
+        """n, the number of public images."""
+        return len(self.values)
+
+    @property
+    def device(self) -> torch.device:
+        """See `Similarity.device`."""
+        return self.values.device
+
+    def columns(self, rows: Int64[Tensor, " b"] | slice) -> Int[Tensor, "b k"]:
+        """The columns that the rows asked for hold, int32."""
+        indices = self.indices[rows].int()
+        return indices & 0xFFFF if self.indices.dtype == torch.int16 else indices
+
+    def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
+        """See `Similarity.block`. By bisection in the rows' sorted indices: nothing of size b x n is built."""
+        wanted = columns.int().expand(len(rows), -1).contiguous()
+        own = rows[:, None] == columns
+        if not self.values.shape[1]:  # one image
+            return own.float()
+        held = self.columns(rows)
+        positions = torch.searchsorted(held, wanted).clamp_(max=held.shape[1] - 1)
+        found = held.gather(1, positions) == wanted
+        cosines = to_float(self.values[rows].gather(1, positions))
+        return cosines.masked_fill_(~found, self.floor).masked_fill_(own, 1)
+
+    def sums(self) -> tuple[float, float]:
+        """See `Similarity.sums`; missing entries count as `floor`."""
+        n, k = self.values.shape
+        missing = n * (n - 1 - k)
+        total, squares = _sums(self.values)
+        return total + n + missing * self.floor, squares + n + missing * self.floor**2
+
+    def to(self, device: torch.device) -> "TopKSimilarity":
+        """See `Similarity.to`."""
+        return TopKSimilarity(values=self.values.to(device), indices=self.indices.to(device), floor=self.floor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnchorMass:
+    """What the codec `sharpened` sends: not S but a rule's non-negative masses of the public images over m anchors.
+
+    The anchors are the public images 0..m-1. The public set is in random order, so a prefix of it is a sample.
+
+    Args:
+        values: (n, m) fp32 masses; targets are their sum over clients, normalised.
     """
 
     values: Float[Tensor, "n m"] = field(repr=False)
@@ -136,12 +265,22 @@ class AnchorMass:
 
     @property
     def num_anchors(self) -> int:
-        """m."""
+        """m, the number of anchors."""
         return self.values.shape[1]
 
     def to(self, device: torch.device) -> "AnchorMass":
         """The same masses on `device`."""
         return AnchorMass(values=self.values.to(device))
+
+
+def _sums(values: Num[Tensor, "..."]) -> tuple[float, float]:
+    """The sum of cosines and of their squares, in fp64 and a part at a time."""
+    total = squares = 0.0
+    for part in values.reshape(-1).split(BLOCK_ROWS * 4096):
+        exact = to_float(part).double()
+        total += exact.sum().item()
+        squares += exact.square().sum().item()
+    return total, squares
 
 
 def collapse_measures(similarity: Similarity) -> dict[str, float]:
