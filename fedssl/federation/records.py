@@ -6,12 +6,16 @@ Up:   ``{"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
 Weights travel as ``<family>/<parameter>``, so that one record can hold the models of several architecture families.
 """
 
+import io
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.lib import format as npy
 from torch import Tensor, nn
 
 from fedssl.errors import PayloadError
@@ -105,7 +109,7 @@ class Upload:
 
     Args:
         header: who and what for.
-        arrays: named arrays, exactly as sent.
+        arrays: named arrays, exactly as sent; read-only where a message brought them.
         metrics: plain numbers; `num-examples` is the number of private images (FedAvg's weight).
     """
 
@@ -139,10 +143,7 @@ class Upload:
         header = Header.from_record(content.config_records["header"])
         arrays = {}
         for name, array in content.array_records["arrays"].items():
-            try:
-                value = array.numpy()
-            except Exception as error:  # numpy's reader raises many kinds
-                raise PayloadError(f"array {name!r} cannot be read: {error}") from error
+            value = read_array(name, array)
             if (str(value.dtype), value.shape) != (array.dtype, tuple(array.shape)):
                 raise PayloadError(
                     f"array {name!r} declares {array.dtype}{tuple(array.shape)} but holds {value.dtype}{value.shape}"
@@ -155,6 +156,31 @@ class Upload:
 
 
 _UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
+NUMPY = "numpy.ndarray"  # Flower's name for numpy's format
+_HEADER_BYTES = 16_384  # numpy reads headers of up to 10,000 characters
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+def read_array(name: str, array: Array) -> np.ndarray:
+    """The array in numpy's own format (`numpy.lib.format`), not copied and therefore read-only.
+
+    Nothing is allocated for what a header claims: type and shape must account for the bytes that are there, to the
+    last one. Types are booleans and real numbers, so no objects, whose reading would run the sender's code.
+    """
+    try:
+        if array.stype != NUMPY:
+            raise ValueError(f"its type is {array.stype!r}, not {NUMPY!r}")
+        data = memoryview(array.data)
+        head = io.BytesIO(data[:_HEADER_BYTES])
+        shape, fortran_order, dtype = _HEADERS[npy.read_magic(head)](head)
+        if dtype.kind not in "biuf":
+            raise ValueError(f"arrays of {dtype} are not accepted")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - head.tell():
+            raise ValueError(f"{len(data) - head.tell()} bytes of data cannot be {dtype}{shape}")
+        order: Literal["F", "C"] = "F" if fortran_order else "C"
+        return np.ndarray(shape, dtype, buffer=data, offset=head.tell(), order=order)
+    except Exception as error:  # numpy's parser raises many kinds
+        raise PayloadError(f"array {name!r} cannot be read: {error}") from error
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------
