@@ -276,7 +276,7 @@ class AnchorMass:
 def _sums(values: Num[Tensor, "..."]) -> tuple[float, float]:
     """The sum of cosines and of their squares, in fp64 and a part at a time."""
     total = squares = 0.0
-    for part in values.reshape(-1).split(BLOCK_ROWS * 4096):
+    for part in torch.split(values.reshape(-1), 2**20):
         exact = to_float(part).double()
         total += exact.sum().item()
         squares += exact.square().sum().item()
