@@ -17,7 +17,7 @@ from fedssl.ensemble.means import (
     WholeRowMean,
 )
 from fedssl.ensemble.robust import AgreementMean, Krum, Median, TrimmedMean
-from fedssl.ensemble.target import EnsembleTarget, MassTarget, Target, make_target
+from fedssl.ensemble.target import EnsembleTarget, MassTarget, Target, check_cohort, check_summable, make_target
 
 __all__ = [
     "AgreementMean",
@@ -38,6 +38,8 @@ __all__ = [
     "Target",
     "TrimmedMean",
     "WholeRowMean",
+    "check_cohort",
+    "check_summable",
     "check_temperature",
     "make_target",
 ]

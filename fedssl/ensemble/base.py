@@ -69,6 +69,22 @@ def normalised(mass: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     return torch.where(total > 0, mass / total.clamp_min(torch.finfo(mass.dtype).tiny), 1 / mass.shape[1])
 
 
+NO_CONTRAST = 1e-6  # root mean square of centred cosines that is fp32's rounding of a constant
+
+
+def unit_or_zero(centred: Float[Tensor, "*shape"], dim: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    """Centred cosines divided by their Euclidean norm over `dim`; 0 where that is no more than rounding."""
+    norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+    noise = NO_CONTRAST * math.sqrt(math.prod(centred.shape[d] for d in dim))
+    return torch.where(norm > noise, centred / norm, torch.zeros_like(centred))
+
+
+def centred_unit_rows(rows: Float[Tensor, "*batch b k"]) -> Float[Tensor, "*batch b k"]:
+    """Rows less their means, of length 1; a row without contrast becomes 0."""
+    return unit_or_zero(rows - rows.mean(dim=-1, keepdim=True), dim=(-1,))
+
+
 def entropies(p: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
     """H(p) = -sum_j p_j log p_j in nats, at most log k."""
-    return torch.special.entr(p).sum(dim=-1).clamp_max(math.log(p.shape[-1]))
+    h: Tensor = torch.special.entr(p).sum(dim=-1)
+    return h.clamp_max(math.log(p.shape[-1]))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fedssl.ensemble.base import Block, distributions, entropies
+from fedssl.ensemble.base import Block, centred_unit_rows, distributions, entropies, unit_or_zero
+from fedssl.errors import ConfigError
 
 BISECTIONS = 30  # of log temperature, over a range of e^16: leaves 1.5e-8 of it
 
@@ -63,11 +64,11 @@ class RowMean:
         blocks = iter(blocks)
         target, num_clients = self.mass(next(blocks), temperature), 1
         for block in blocks:
-            target, num_clients = target + self.mass(block, temperature), num_clients + 1
-        return target / num_clients
+            target, num_clients = target.add_(self.mass(block, temperature)), num_clients + 1
+        return target.div_(num_clients)
 
     def mass(self, block: Block, temperature: float) -> Float[Tensor, "b k"]:
-        """See `Summable`: rows sum to 1."""
+        """See `Summable`: rows sum to 1 over the anchors that are sent, of which a step may use some only."""
         return F.softmax(block.cosines / temperature, dim=1)
 
 
@@ -105,7 +106,7 @@ class WholeRowMean:
 class SizeMean:
     """`ensemble=size`: clients with more private images count more, as in FedAvg (arXiv 1602.05629).
 
-    p[i, j] = sum_k n_k P_k[i, j] / sum_k n_k.
+    p[i, j] = sum_k n_k P_k[i, j] / sum_k n_k. Not `Summable`: a client that encodes is not asked for n_k.
     """
 
     kernel: ClassVar[bool] = False
@@ -113,13 +114,13 @@ class SizeMean:
 
     def __call__(self, blocks: Iterable[Block], temperature: float) -> Float[Tensor, "b k"]:
         """See `Rule`."""
-        blocks = list(blocks)
-        total = sum(block.num_images for block in blocks)
-        shares = [block.num_images / total for block in blocks]
-        target = shares[0] * F.softmax(blocks[0].cosines / temperature, dim=1)
-        for block, share in zip(blocks[1:], shares[1:], strict=True):
-            target = target + share * F.softmax(block.cosines / temperature, dim=1)
-        return target
+        blocks = iter(blocks)
+        first = next(blocks)
+        target, total = F.softmax(first.cosines / temperature, dim=1).mul_(first.num_images), first.num_images
+        for block in blocks:
+            target.add_(F.softmax(block.cosines / temperature, dim=1), alpha=block.num_images)
+            total += block.num_images
+        return target.div_(total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class EntropyMatchedMean:
     mean_k H(P_k[i]). A flat client is sharpened, a peaked one softened, before they are averaged. Ours.
 
     tau_k(i) is found by bisection between tau e^-8 and tau e^8. A constant row has the largest entropy at every
-    temperature and stays uniform.
+    temperature and stays uniform; as it raises the mean, the others are softened.
     """
 
     kernel: ClassVar[bool] = False
@@ -139,6 +140,7 @@ class EntropyMatchedMean:
     def __call__(self, blocks: Iterable[Block], temperature: float) -> Float[Tensor, "b k"]:
         """See `Rule`."""
         cosines = torch.stack([block.cosines for block in blocks])  # (clients, b, k)
+        cosines = cosines - cosines.amax(dim=2, keepdim=True)  # exact, while cosines / tau is rounded
         wanted = entropies(F.softmax(cosines / temperature, dim=2)).mean(dim=0)  # (b,)
         low = torch.full(cosines.shape[:2], math.log(temperature) - 8, device=cosines.device)
         high = low + 16
@@ -178,8 +180,8 @@ class AttentionMean:
     CreamFL (Yu et al. 2023, arXiv 2302.08888, global-local contrastive aggregation) weights the representation z_k(i)
     of image i by w_k(i) = softmax_k log [exp(z_k(i) . g(i)) / sum_j exp(z_k(i) . g(j))], g the global representations.
     Clients' spaces cannot be compared here, but their similarities can: z_k(i) is the row S_k[i, anchors], centred and
-    of norm 1, g(i) the mean of these rows over the clients, again of norm 1, and j runs over the batch. Then
-    p[i, :] = sum_k w_k(i) P_k[i, :].
+    of norm 1 (0 if constant), g(i) the mean of these rows over the clients, again of norm 1, and j runs over the batch.
+    Then p[i, :] = sum_k w_k(i) P_k[i, :]. As there, no temperature: two clients' weights differ by less than e^4.
     """
 
     kernel: ClassVar[bool] = False
@@ -188,9 +190,8 @@ class AttentionMean:
     def __call__(self, blocks: Iterable[Block], temperature: float) -> Float[Tensor, "b k"]:
         """See `Rule`."""
         blocks = list(blocks)
-        rows = torch.stack([block.cosines for block in blocks])
-        rows = F.normalize(rows - rows.mean(dim=2, keepdim=True), dim=2)  # a constant row becomes 0: agrees with none
-        shared = F.normalize(rows.mean(dim=0), dim=1)
+        rows = centred_unit_rows(torch.stack([block.cosines for block in blocks]))
+        shared = unit_or_zero(rows.mean(dim=0), dim=(1,))
         scores = rows @ shared.T  # (clients, b, b): this client's image i against everybody's image j
         log_odds = scores.diagonal(dim1=1, dim2=2) - scores.logsumexp(dim=2)
         weights = F.softmax(log_odds, dim=0)  # (clients, b)
@@ -210,9 +211,20 @@ class MeanKernel:
     whole_rows: ClassVar[bool] = False
 
     def __call__(self, blocks: Iterable[Block], temperature: float) -> Float[Tensor, "b k"]:
-        """See `Rule`; `k` is `b`."""
-        kernels = torch.stack([block.cosines for block in blocks])
-        kernels = kernels - kernels.mean(dim=1, keepdim=True)
-        kernels = kernels - kernels.mean(dim=2, keepdim=True)
-        norms = kernels.flatten(1).norm(dim=1)[:, None, None]
-        return torch.where(norms > 1e-4 * kernels.shape[1], kernels / norms.clamp_min(1e-12), 0).mean(dim=0)
+        """See `Rule`; the anchors of every block are its rows."""
+        blocks = iter(blocks)
+        kernel, num_clients = self._unit(next(blocks)), 1
+        for block in blocks:
+            kernel, num_clients = kernel.add_(self._unit(block)), num_clients + 1
+        return kernel.div_(num_clients)
+
+    @staticmethod
+    def _unit(block: Block) -> Float[Tensor, "b b"]:
+        b, k = block.cosines.shape
+        if b != k:
+            raise ConfigError(
+                f"ensemble=cka_kernel compares a batch with itself, and {b} images were held against {k} anchors: set "
+                f"distill.loss=cka, or choose an ensemble whose rows sum to 1."
+            )
+        rows = block.cosines - block.cosines.mean(dim=1, keepdim=True)
+        return unit_or_zero(rows - rows.mean(dim=0, keepdim=True), dim=(0, 1))

@@ -1,5 +1,6 @@
 """The clients' ensemble as a student sees it: a target for the block of images and anchors that is asked for."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +12,8 @@ from fedssl.ensemble.base import Block, Rule, Summable, check_temperature, norma
 from fedssl.errors import ConfigError
 from fedssl.similarity import AnchorMass, Similarity
 
-ROWS = 256  # of a pass over all pairs of public images, at once
+SUMMABLE = ("none", "row", "row_all")  # files of conf/ensemble
+ENTRIES = 2**22  # of S at a time, in a pass over all pairs of public images: 16 MB
 
 
 @runtime_checkable
@@ -45,7 +47,7 @@ class EnsembleTarget:
         similarities: at least one, all of the same n public images.
         rule: how they are combined.
         temperature: tau > 0.
-        num_images: each client's private images; None: all alike. Looked at by `size` only.
+        num_images: each client's private images, > 0; None: all alike. Looked at by `size` only.
     """
 
     def __init__(
@@ -63,6 +65,11 @@ class EnsembleTarget:
         self.rule = rule
         self.temperature = temperature
         self.num_images = (1.0,) * len(self.similarities) if num_images is None else tuple(num_images)
+        if len(self.num_images) != len(self.similarities) or not all(0 < n < math.inf for n in self.num_images):
+            raise ConfigError(
+                f"an ensemble of {len(self.similarities)} clients needs as many numbers of private images, all above 0 "
+                f"and finite, got {list(self.num_images)}."
+            )
         # One pass over all pairs: clients x n numbers are kept.
         self._log_masses = [row_log_mass(s, temperature) for s in self.similarities] if rule.whole_rows else None
 
@@ -95,8 +102,9 @@ class EnsembleTarget:
 class MassTarget:
     """The sum of the masses that clients have sharpened themselves (`codec=sharpened`), over their m anchors.
 
-    p[i, j] = M[i, j] / sum of M[i, l] over the anchors l asked for, M = sum_k mass_k. Only the sum is kept: what secure
-    summation would give the server.
+    p[i, j] = M[i, j] / sum of M[i, l] over the anchors l asked for, M = sum_k mass_k; uniform where all of these are 0.
+    Only the sum is kept: what secure summation would give the server. Clients of `row` normalised over all m anchors,
+    so over some of them this is `row_all` of m images.
 
     Args:
         masses: at least one, all of the same n images and m anchors.
@@ -107,9 +115,11 @@ class MassTarget:
 
     def __init__(self, masses: Sequence[AnchorMass], temperature: float) -> None:
         self.num_samples = _common_size(masses)
-        self.num_anchors = masses[0].num_anchors
+        if len(anchors := {mass.num_anchors for mass in masses}) != 1:
+            raise ConfigError(f"Masses can be added over the same anchors only, got numbers of them {sorted(anchors)}.")
+        self.num_anchors = anchors.pop()
         self.temperature = temperature
-        total = masses[0].values.clone()
+        total = masses[0].values.to(torch.float32, copy=True)
         for mass in masses[1:]:
             total += mass.values
         self.total: Float[Tensor, "n m"] = total
@@ -141,26 +151,47 @@ def make_target(
     temperature: float,
     num_images: Sequence[float] | None = None,
 ) -> Target:
-    """The target from what one codec decodes uploads to. Arguments as for `EnsembleTarget`."""
+    """The target from what one codec decodes uploads to. Arguments as for `EnsembleTarget`.
+
+    Raises:
+        ConfigError: similarities and masses mixed, masses under a rule that is not `Summable`, different public sets.
+    """
     masses = [content for content in contents if isinstance(content, AnchorMass)]
     if not masses:
         similarities = [content for content in contents if not isinstance(content, AnchorMass)]
         return EnsembleTarget(similarities, rule, temperature, num_images)
-    assert len(masses) == len(contents), "one codec decodes to one kind"
+    if len(masses) != len(contents):
+        raise ConfigError(
+            f"{len(masses)} of {len(contents)} uploads hold masses (codec=sharpened) and the others similarities: all "
+            f"clients of a round must use one codec."
+        )
+    check_summable(rule)
+    return MassTarget(masses, temperature)
+
+
+def check_summable(rule: Rule) -> None:
+    """Raise ConfigError unless clients can send masses for this rule instead of cosines (`codec=sharpened`)."""
     if not isinstance(rule, Summable):
         raise ConfigError(
-            "codec=sharpened sends masses of which only the sum is used, and this ensemble needs every client's "
-            "cosines: use ensemble=none, row or row_all, or another codec."
+            f"codec=sharpened sends masses of which only the sum is used, and {type(rule).__name__} needs every "
+            f"client's cosines: use ensemble={', '.join(SUMMABLE[:-1])} or {SUMMABLE[-1]}, or another codec (codec=factor)."
         )
-    return MassTarget(masses, temperature)
+
+
+def check_cohort(rule: Rule, cohort_size: int) -> None:
+    """Raise ConfigError if a rule cannot do what it promises with so many clients a round; for the start of a run.
+
+    Where failures leave fewer in a round, a rule goes on as its docstring says.
+    """
+    if (check := getattr(rule, "check_cohort", None)) is not None:
+        check(cohort_size)
 
 
 def row_log_mass(similarity: Similarity, temperature: float) -> Float[Tensor, " n"]:
     """log sum_l exp(S[i, l] / temperature) over all n images l, for each i; by blocks of rows."""
     columns = torch.arange(similarity.num_samples, device=similarity.device)
-    return torch.cat(
-        [(similarity.block(rows, columns) / temperature).logsumexp(dim=1) for rows in torch.split(columns, ROWS)]
-    )
+    batches = torch.split(columns, max(1, ENTRIES // len(columns)))
+    return torch.cat([(similarity.block(rows, columns) / temperature).logsumexp(dim=1) for rows in batches])
 
 
 def _common_size(contents: Sequence[Similarity] | Sequence[AnchorMass]) -> int:
