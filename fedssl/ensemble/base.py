@@ -64,9 +64,10 @@ def distributions(blocks: Iterable[Block], temperature: float) -> Float[Tensor, 
 
 
 def normalised(mass: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """Rows divided by their sums; a row without any mass becomes uniform."""
-    total = mass.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, mass / total.clamp_min(torch.finfo(mass.dtype).tiny), 1 / mass.shape[1])
+    """Rows divided by their sums, however small; a row without any mass becomes uniform."""
+    largest = mass.amax(dim=1, keepdim=True)
+    relative = torch.where(largest > 0, mass / largest, 1.0)  # a sum of subnormal numbers divides to no distribution
+    return relative / relative.sum(dim=1, keepdim=True)
 
 
 NO_CONTRAST = 1e-6  # root mean square of centred cosines that is fp32's rounding of a constant

@@ -114,6 +114,7 @@ class MassTarget:
     kernel = False
 
     def __init__(self, masses: Sequence[AnchorMass], temperature: float) -> None:
+        check_temperature("distill.target_temperature", temperature)
         self.num_samples = _common_size(masses)
         if len(anchors := {mass.num_anchors for mass in masses}) != 1:
             raise ConfigError(f"Masses can be added over the same anchors only, got numbers of them {sorted(anchors)}.")
@@ -174,7 +175,8 @@ def check_summable(rule: Rule) -> None:
     if not isinstance(rule, Summable):
         raise ConfigError(
             f"codec=sharpened sends masses of which only the sum is used, and {type(rule).__name__} needs every "
-            f"client's cosines: use ensemble={', '.join(SUMMABLE[:-1])} or {SUMMABLE[-1]}, or another codec (codec=factor)."
+            f"client's cosines: use ensemble={', '.join(SUMMABLE[:-1])} or {SUMMABLE[-1]}, or another codec "
+            f"(codec=factor)."
         )
 
 
