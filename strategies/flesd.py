@@ -33,7 +33,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedssl.codecs import Codec
+from fedssl.codecs import Codec, Sharpened
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Rule, Target, check_cohort, make_target
 from fedssl.errors import ConfigError
@@ -120,11 +120,12 @@ class FLESD(Strategy):
         n = len(server.public_set.images)
         codec.check_size(n, server.projection_dim)
         check_cohort(ensemble, server.cohort_size or server.num_trainers)
-        distillation.check_target(kernel=ensemble.kernel, num_anchors=codec.anchors(n), num_samples=n)
-        if codec.anchors(n) < n and distillation.target_temperature_end is not None:
+        num_anchors = min(codec.num_anchors, n) if isinstance(codec, Sharpened) else n
+        distillation.check_target(kernel=ensemble.kernel, num_anchors=num_anchors, num_samples=n)
+        if isinstance(codec, Sharpened) and distillation.target_temperature_end is not None:
             raise ConfigError(
-                f"codec={codec.name}: the clients sharpen at distill.target_temperature, which the server cannot change "
-                f"afterwards: set distill.target_temperature_end to null, or choose another codec."
+                "codec=sharpened: the clients sharpen at distill.target_temperature, which the server cannot change "
+                "afterwards: set distill.target_temperature_end to null, or choose another codec."
             )
         self.server = server
         self.codec = codec

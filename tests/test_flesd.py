@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from fedssl.config import conf_dir
 from fedssl.errors import ConfigError
 from fedssl.federation import rounds, simulation
 from fedssl.federation.records import family_state, model_state
@@ -35,6 +36,83 @@ WIDE = (
     "+models.wide={_target_: fedssl.models.backbones.Conv4, width: 6}",
     "federation.server_families=[wide]",
 )
+
+
+# --- every codec and every rule, from a client's training to a student's weights ---
+CODECS = sorted(path.stem for path in (conf_dir() / "codec").glob("*.yaml"))
+RULES = sorted(path.stem for path in (conf_dir() / "ensemble").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_round_with_every_codec(codec: str, dtype: str, tmp_path: Path) -> None:
+    """The bytes that are counted are those that the codec states, and the names and numbers around them."""
+    config = small(
+        tmp_path / "run", "strategy=flesd", f"codec={codec}", f"codec.dtype={dtype}", "federation.num_rounds=1"
+    )
+    assert simulation.run(config)["status"] == "completed"
+    stated = build_strategy(Setup(config)).codec.num_bytes(24, 8)  # type: ignore[attr-defined]
+    for row in rows(tmp_path / "run", "client"):
+        assert stated < row["metrics"]["uplink_bytes"] < stated + 900
+    learned = [row["metrics"]["tiny/loss"] for row in rows(tmp_path / "run", "server")]
+    assert np.isfinite(learned).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_round_with_every_rule(rule: str, tmp_path: Path) -> None:
+    more = {"krum": ["ensemble.num_byzantine=0"], "cka_kernel": ["distill.loss=cka"]}.get(rule, [])
+    config = small(tmp_path / "run", "strategy=flesd", f"ensemble={rule}", "federation.num_rounds=1", *more)
+    assert simulation.run(config)["status"] == "completed"
+    arrays, initial = final_arrays(tmp_path / "run"), numpy_of(Setup(config).server().initial_arrays())
+    assert any(not np.array_equal(arrays[name], initial[name]) for name in arrays)
+
+
+@pytest.mark.parametrize("loss", ["kl", "js", "reverse_kl"])
+def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
+    """And KL the same as cross-entropy: they differ by a constant."""
+    weights = []
+    for name in ("ce", loss):
+        _, strategy, _, replies = first_round(small(None, "strategy=flesd", f"distill.loss={name}"), tmp_path)
+        arrays, _ = strategy.aggregate_train(1, replies)
+        assert arrays is not None
+        weights.append(arrays["tiny/backbone.conv.weight"].numpy())
+    assert np.allclose(*weights, rtol=0, atol=2e-5) == (loss == "kl")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["codec=dense", "codec.max_bytes=1000"], r"codec=dense needs 1,152 bytes .* codec=factor codec\.dtype=fp16"),
+        (["codec=sharpened", "ensemble=median"], r"codec=sharpened needs a rule that sums masses"),
+        (
+            ["codec=sharpened", "codec.num_anchors=8", "distill.own_key=false"],
+            r"only 8 of 24 public images",
+        ),
+        (
+            ["codec=sharpened", "distill.epochs=2", "distill.target_temperature_end=0.2"],
+            r"codec=sharpened: the clients sharpen at distill\.target_temperature",
+        ),
+        (["ensemble=cka_kernel"], r"ensemble=cka_kernel and distill\.loss=cka belong together"),
+        (["distill.loss=cka"], r"ensemble=cka_kernel and distill\.loss=cka belong together"),
+        (["distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
+        (["ensemble=krum"], r"ensemble=krum with num_byzantine=1 needs 5 clients"),
+        (["codec=topk", "codec.k=0"], r"codec\.k must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_said_before_any_work(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        simulation.run(small(tmp_path / "run", "strategy=flesd", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_anchors_of_a_few_images(tmp_path: Path) -> None:
+    """codec=sharpened with fewer anchors than public images: the queue holds each of them."""
+    overrides = ("codec=sharpened", "codec.num_anchors=16", "federation.num_rounds=1")
+    simulation.run(small(tmp_path / "run", "strategy=flesd", *overrides))
+    (row,) = rows(tmp_path / "run", "server")
+    assert row["metrics"]["tiny/num_anchors"] == 16
 
 
 # --- families without clients ---

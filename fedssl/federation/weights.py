@@ -40,7 +40,8 @@ def mean_weights(states: Sequence[Mapping[str, np.ndarray]], shares: Sequence[fl
     """
     mean = {}
     for name in states[0]:
-        total = sum(share * torch.from_numpy(state[name].astype(np.float64)) for share, state in zip(shares, states, strict=True))
+        values = [torch.from_numpy(state[name].astype(np.float64)) for state in states]
+        total = sum(share * value for share, value in zip(shares, values, strict=True))
         assert isinstance(total, Tensor)
         mean[name.split("/", 1)[1]] = (total / sum(shares)).float()
     return mean
