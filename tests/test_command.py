@@ -160,10 +160,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {  # overrides, and what the m
     "group left out": (["~grid"], ["the configuration has no grid"]),
     "unknown experiment": (
         ["experiment=cifar10_smal"],
-        ["experiment=cifar10_smal: there is no such choice. experiment may be cifar10_small."],
+        ["experiment=cifar10_smal: there is no such choice. experiment may be cifar10_small, flesd"],
     ),
     "key of one's own": (["+foo=1"], ["there is no key foo. There are seed, device,"]),
-    "group of one's own": (["+downlink=similarity"], ["there is no key downlink. There are seed,"]),
+    "group of one's own": (["+uplink=similarity"], ["there is no key uplink. There are seed,"]),
     "strategy with a key of one's own": (
         ["+strategy.foo=1"],
         ["no key strategy.foo. strategy has name, client, server"],
