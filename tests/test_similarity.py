@@ -8,6 +8,8 @@ from fedssl.similarity import (
     DenseSimilarity,
     FactorSimilarity,
     Similarity,
+    TopKSimilarity,
+    TriangleSimilarity,
     collapse_measures,
     cosine_similarity,
     unit_rows,
@@ -18,8 +20,18 @@ def embeddings(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def both(z: Tensor) -> list[Similarity]:
-    return [FactorSimilarity(factors=unit_rows(z)), DenseSimilarity(matrix=cosine_similarity(z))]
+def every(z: Tensor) -> list[Similarity]:
+    """The same similarity in every form; of the largest entries of each row, all."""
+    n, S = len(z), cosine_similarity(z)
+    others = torch.tensor([[j for j in range(n) if j != i] for i in range(n)])
+    return [
+        FactorSimilarity(factors=unit_rows(z)),
+        FactorSimilarity(factors=3 * z),  # rows of any length
+        DenseSimilarity(matrix=S),
+        TriangleSimilarity(values=torch.cat([S[i, i + 1 :] for i in range(n)]), num_samples=n),
+        TopKSimilarity(values=S.gather(1, others), indices=others.short(), floor=0.5),
+        TopKSimilarity(values=S.gather(1, others), indices=others.int(), floor=0.5),
+    ]
 
 
 def test_cosine_similarity_against_a_double_loop() -> None:
@@ -55,15 +67,47 @@ def test_a_zero_row_is_no_nan() -> None:
     torch.testing.assert_close(s, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
 
 
-def test_blocks_of_factors_and_matrix_are_the_rows_and_columns_asked_for() -> None:
+def test_blocks_are_the_rows_and_columns_asked_for() -> None:
     z = embeddings(9, 4)
     rows, columns = torch.tensor([3, 0]), torch.tensor([8, 8, 2, 0, 5])
     expected = cosine_similarity(z)[rows][:, columns]
-    for similarity in both(z):
+    for similarity in every(z):
         assert similarity.num_samples == 9
         torch.testing.assert_close(similarity.block(rows, columns), expected, atol=1e-6, rtol=0)
         moved = similarity.to(torch.device("cpu"))
         torch.testing.assert_close(moved.block(rows, columns), expected, atol=1e-6, rtol=0)
+
+
+def test_a_missing_entry_is_the_floor_in_blocks_and_sums() -> None:
+    """Row 0 knows column 2, row 1 column 0, row 2 column 1: by hand."""
+    similarity = TopKSimilarity(
+        values=torch.tensor([[127], [0], [-127]], dtype=torch.int8),
+        indices=torch.tensor([[2], [0], [1]]).int(),
+        floor=-0.5,
+    )
+    expected = torch.tensor([[1, -0.5, 1], [0, 1, -0.5], [-0.5, -1, 1]])
+    assert torch.equal(similarity.block(torch.arange(3), torch.arange(3)), expected)
+    assert similarity.sums() == (expected.sum().item(), expected.square().sum().item())
+
+
+def test_columns_beyond_32767_are_found() -> None:
+    """uint16's bits are held as int16."""
+    n = 40_000
+    indices = torch.full((n, 1), 39_999 - 2**16, dtype=torch.int16)
+    similarity = TopKSimilarity(values=torch.full((n, 1), 0.25).half(), indices=indices, floor=0.0)
+    block = similarity.block(torch.tensor([5]), torch.tensor([39_999, 39_998, 5]))
+    assert block.tolist() == [[0.25, 0.0, 1.0]]
+
+
+def test_half_the_bytes_and_a_quarter_of_them_are_held_as_they_came() -> None:
+    z = embeddings(6, 4)
+    exact = cosine_similarity(z)
+    for dtype, scale, error in ((torch.float16, 1, 1e-3), (torch.int8, 127, 4e-3)):
+        held = DenseSimilarity(matrix=(exact * scale).round(decimals=0 if scale > 1 else 6).to(dtype))
+        block = held.block(torch.arange(6), torch.arange(6))
+        assert block.dtype == torch.float32
+        assert (block - exact).abs().amax() <= error
+        assert held.sums() == pytest.approx((block.double().sum().item(), block.double().square().sum().item()))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +120,7 @@ def test_blocks_of_factors_and_matrix_are_the_rows_and_columns_asked_for() -> No
     ],
 )
 def test_collapse_measures_by_hand(z: Tensor, mean_cosine: float, effective_rank: float) -> None:
-    for similarity in both(z):
+    for similarity in every(z):
         measures = collapse_measures(similarity)
         assert measures["mean_cosine"] == pytest.approx(mean_cosine, abs=1e-6)
         assert measures["effective_rank"] == pytest.approx(effective_rank, rel=1e-5)
@@ -86,5 +130,5 @@ def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues() -> None:
     z = embeddings(12, 5)
     eigenvalues = torch.linalg.eigvalsh(cosine_similarity(z).double())
     expected = eigenvalues.sum().square() / eigenvalues.square().sum()
-    for similarity in both(z):
+    for similarity in every(z):
         assert collapse_measures(similarity)["effective_rank"] == pytest.approx(expected.item(), rel=1e-5)
