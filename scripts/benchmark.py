@@ -22,7 +22,7 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command sets it
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("overhead", "distill")
+BENCHMARKS = ("overhead", "distill", "memory")
 
 
 def hardware() -> dict[str, Any]:
