@@ -212,6 +212,7 @@ def markdown(rows: Sequence[Row]) -> str:
             "",
             "| rule | clean | " + " | ".join(f"{number} {attack}" for attack, number in attacked) + " |",
             "| --- |" + " ---: |" * (1 + len(attacked)),
+            "| *seeds* | " + " | ".join(str(min(_seeds(rows, name, *cell) for name in names)) for cell in CELLS) + " |",
         ]
         for name in names:
             clean = f"{mean(table.values[name, 'clean', 0].values()):.1f} ± {table.spread(name):.1f}"
@@ -222,11 +223,6 @@ def markdown(rows: Sequence[Row]) -> str:
             what = "1 attacker" if number == 1 else "2 attackers"
             lines += ["", f"Hold under every attack of {what}: {', '.join(holding) or 'none'}."]
         parts.append("\n".join(lines))
-    counts = {cell: min(_seeds(rows, name, *cell) for name in names) for cell in CELLS}
-    fewest = min(counts.values())
-    parts.append(
-        f"Seeds per cell: {fewest}" + (f" to {max(counts.values())}." if max(counts.values()) > fewest else ".")
-    )
     return "\n\n".join(parts) + "\n"
 
 
