@@ -36,7 +36,7 @@ from flwr.serverapp.strategy import Strategy
 from fedssl.codecs import Codec, Sharpened
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Rule, Target, check_cohort, make_target
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload, family_arrays, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
@@ -145,6 +145,7 @@ class FLESD(Strategy):
             arrays = self._pretrained(arrays)
         self.arrays, self.round_num = arrays, server_round
         cohort = self.server.sample_cohort(server_round, grid)
+        self.num_images = {member.partition_id: member.num_images for member in cohort}  # not what an upload claims
         if self.downlink == "weights":
             return self.server.messages(server_round, cohort, config, arrays)
         common = self._student_similarity() if self.downlink == "similarity" and server_round > 1 else ArrayRecord()
@@ -180,6 +181,8 @@ class FLESD(Strategy):
         if reply not in self.decoded:
             upload = Upload.from_message(reply)
             self.server.check_header(upload, self.round_num, self.codec.name)
+            if upload.header.partition_id not in self.num_images:
+                raise PayloadError(f"partition {upload.header.partition_id} was not asked in this round")
             payload, family = upload.arrays, upload.header.family
             if self.distillation.student_init == "fedavg_of_family":
                 weights = family_weights(upload)
@@ -204,7 +207,7 @@ class FLESD(Strategy):
             [content.to(device) for _, content in received],
             self.ensemble,
             self.distillation.target_temperature,
-            [upload.metrics["num-examples"] for upload, _ in received],
+            [self.num_images[upload.header.partition_id] for upload, _ in received],
         )
         distillation = self.distillation
         if server_round == 1 and distillation.student_init != "public_only":
@@ -239,7 +242,7 @@ class FLESD(Strategy):
             student = self.server.build_model(family).to(self.server.device)
         elif self.distillation.student_init == "fedavg_of_family" and members:
             states = [family_weights(upload) for upload in members]
-            shares = [upload.metrics["num-examples"] for upload in members]
+            shares = [self.num_images[upload.header.partition_id] for upload in members]
             student = self.server.load(to_arrays({family: mean_weights(states, shares)}), family)
         return student, before
 

@@ -28,6 +28,7 @@ from tests.federation_helpers import (
     numpy_of,
     open_in_process,
     rows,
+    sabotaged,
     small,
     without_clock,
 )
@@ -113,6 +114,19 @@ def test_anchors_of_a_few_images(tmp_path: Path) -> None:
     simulation.run(small(tmp_path / "run", "strategy=flesd", *overrides))
     (row,) = rows(tmp_path / "run", "server")
     assert row["metrics"]["tiny/num_anchors"] == 16
+
+
+def test_a_client_cannot_claim_its_size(tmp_path: Path) -> None:
+    """`size` and the family's mean weigh by what the client said before the first round, not by its upload."""
+    config = small(None, "strategy=flesd", "ensemble=size")
+    _, strategy, _, replies = first_round(config, tmp_path)
+    lying = sabotaged(config, "infinite weight", round_num=1, partitions=[1])
+    _, _, _, lies = first_round(lying, tmp_path)
+    honest, _ = strategy.aggregate_train(1, replies)
+    other, _ = strategy.aggregate_train(1, lies)
+    assert honest is not None
+    assert other is not None
+    assert_same(numpy_of(honest), numpy_of(other))
 
 
 # --- families without clients ---
