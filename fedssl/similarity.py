@@ -224,16 +224,15 @@ class TopKSimilarity:
         return indices & 0xFFFF if self.indices.dtype == torch.int16 else indices
 
     def block(self, rows: Int64[Tensor, " b"], columns: Int64[Tensor, " k"]) -> Float[Tensor, "b k"]:
-        """See `Similarity.block`. By bisection in the rows' sorted indices: nothing of size b x n is built."""
-        wanted = columns.int().expand(len(rows), -1).contiguous()
-        own = rows[:, None] == columns
-        if not self.values.shape[1]:  # one image
-            return own.float()
-        held = self.columns(rows)
-        positions = torch.searchsorted(held, wanted).clamp_(max=held.shape[1] - 1)
-        found = held.gather(1, positions) == wanted
-        cosines = to_float(self.values[rows].gather(1, positions))
-        return cosines.masked_fill_(~found, self.floor).masked_fill_(own, 1)
+        """See `Similarity.block`. Looks the sent entries up among the columns, of which there are many more."""
+        sent = torch.cat([self.columns(rows).long(), rows[:, None]], dim=1)  # the image itself, and its cosine 1
+        values = F.pad(to_float(self.values.index_select(0, rows)), (0, 1), value=1.0)
+        asked, position = torch.unique(columns, return_inverse=True)
+        found = torch.searchsorted(asked, sent)
+        nobody = len(asked)  # a column for entries that were not asked for
+        found = torch.where(F.pad(asked, (0, 1), value=-1)[found] == sent, found, nobody)
+        cosines = torch.full((len(rows), nobody + 1), self.floor, device=self.device).scatter_(1, found, values)
+        return cosines.index_select(1, position)
 
     def sums(self) -> tuple[float, float]:
         """See `Similarity.sums`; missing entries count as `floor`."""

@@ -98,6 +98,7 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
         (["distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
         (["ensemble=krum"], r"ensemble=krum with num_byzantine=1 needs 5 clients"),
         (["codec=topk", "codec.k=0"], r"codec\.k must be at least 1"),
+        (["codec=topk", "codec.k=24"], r"codec\.k=24 entries a row, but an image has only 23 others among 24"),
     ],
 )
 def test_settings_that_do_not_go_together_are_said_before_any_work(

@@ -1,5 +1,6 @@
 """The largest cosines of each row: what a sharpened target is made of."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,7 +50,10 @@ class TopK:
 
     def num_kept(self, n: int) -> int:
         """Entries sent of each of n rows, at most all n - 1."""
-        k = max(1, int(self.percent * n / 100)) if self.k is None else self.k  # type: ignore[operator]
+        k = self.k
+        if k is None:
+            assert self.percent is not None
+            k = max(1, math.floor(self.percent * n / 100 + 1e-9))  # 0.57 * 10000 / 100 is 56.99999999999999
         return min(k, n - 1)
 
     @property
@@ -71,7 +75,12 @@ class TopK:
         return n * self.num_kept(n) * (base.DTYPES[self.dtype].itemsize + base.index_dtype(n).itemsize)
 
     def check_size(self, n: int, d: int) -> None:
-        """See `Codec.check_size`."""
+        """See `Codec.check_size`; also refuses more entries a row than there are other images."""
+        if self.k is not None and self.k > n - 1:
+            raise ConfigError(
+                f"codec.k={self.k} entries a row, but an image has only {n - 1} others among {n} public images: set "
+                f"codec.k to {n - 1} or less, or raise public.size."
+            )
         base.check_size(self, self.max_bytes, n, d)
 
     def encode(self, embeddings: Float[Tensor, "n d"], generator: torch.Generator) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedssl.ensemble.base import Block, centred_unit_rows, distributions, entropies, unit_or_zero
 from fedssl.errors import ConfigError
 
-BISECTIONS = 30  # of log temperature, over a range of e^16: leaves 1.5e-8 of it
+BISECTIONS = 16  # of log temperature, over a range of 16: leaves 2.4e-4 of it
 
 
 @dataclass(frozen=True, kw_only=True)
