@@ -17,7 +17,7 @@ from torch import Tensor
 from fedssl.ensemble.base import Block, centred_unit_rows, distributions, entropies, unit_or_zero
 from fedssl.errors import ConfigError
 
-BISECTIONS = 16  # of log temperature, over a range of 16: leaves 2.4e-4 of it
+NEWTON_STEPS = 10  # on log temperature, within a bracket; 4 to 6 usually end at rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,8 @@ class EntropyMatchedMean:
     p[i, :] = mean_k softmax_j(S_k[i, j] / tau_k(i)) with tau_k(i) such that each of these distributions has the entropy
     mean_k H(P_k[i]). A flat client is sharpened, a peaked one softened, before they are averaged. Ours.
 
-    tau_k(i) is found by bisection between tau e^-8 and tau e^8. A constant row has the largest entropy at every
+    tau_k(i) lies between tau e^-8 and tau e^8 and is found by Newton's method, dH / d log tau = Var_p(S) / tau^2, with
+    bisection where that would leave the bracket. A constant row has the largest entropy at every
     temperature and stays uniform; as it raises the mean, the others are softened.
     """
 
@@ -142,13 +143,17 @@ class EntropyMatchedMean:
         cosines = torch.stack([block.cosines for block in blocks])  # (clients, b, k)
         cosines = cosines - cosines.amax(dim=2, keepdim=True)  # exact, while cosines / tau is rounded
         wanted = entropies(F.softmax(cosines / temperature, dim=2)).mean(dim=0)  # (b,)
-        low = torch.full(cosines.shape[:2], math.log(temperature) - 8, device=cosines.device)
-        high = low + 16
-        for _ in range(BISECTIONS):  # the entropy grows with the temperature
-            middle = (low + high) / 2
-            too_flat = entropies(F.softmax(cosines / middle.exp()[..., None], dim=2)) > wanted
-            low, high = torch.where(too_flat, low, middle), torch.where(too_flat, middle, high)
-        return F.softmax(cosines / ((low + high) / 2).exp()[..., None], dim=2).mean(dim=0)
+        log_tau = torch.full(cosines.shape[:2], math.log(temperature), device=cosines.device)
+        low, high = log_tau - 8, log_tau + 8
+        for _ in range(NEWTON_STEPS):  # the entropy grows with the temperature
+            tau = log_tau.exp()
+            p = F.softmax(cosines / tau[..., None], dim=2)
+            entropy, mean = entropies(p), (p * cosines).sum(dim=2)
+            slope = ((p * cosines.square()).sum(dim=2) - mean.square()) / tau.square()
+            low, high = torch.where(entropy < wanted, log_tau, low), torch.where(entropy < wanted, high, log_tau)
+            newton = log_tau + (wanted - entropy) / slope.clamp_min(1e-12)
+            log_tau = torch.where((low <= newton) & (newton <= high), newton, (low + high) / 2)
+        return F.softmax(cosines / log_tau.exp()[..., None], dim=2).mean(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
