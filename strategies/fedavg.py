@@ -8,7 +8,6 @@ The paper weights clients by their number of images (`weighted: true`); FLESD's 
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedssl.errors import ConfigError, PayloadError
+from fedssl.errors import ConfigError
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays
 from fedssl.federation.server import Server, read_uploads
@@ -70,8 +69,7 @@ class FedAvg(Strategy):
         self.server.check_header(upload, self.round_num, "weights")
         family = upload.header.family
         check_weights(upload.arrays, family_arrays(self.arrays, family), family)
-        if not 0 < upload.metrics.get("num-examples", 0) < math.inf:
-            raise PayloadError(f"it declares num-examples={upload.metrics.get('num-examples')}")
+        _ = upload.num_images  # refused unless it can be a weight
         return upload
 
     def aggregate_train(
@@ -86,7 +84,7 @@ class FedAvg(Strategy):
         return to_arrays(states), MetricRecord()
 
     def _mean(self, uploads: list[Upload]) -> dict[str, Tensor]:
-        shares = [upload.metrics["num-examples"] if self.weighted else 1.0 for upload in uploads]
+        shares = [upload.num_images if self.weighted else 1.0 for upload in uploads]
         return mean_weights([upload.arrays for upload in uploads], shares)
 
     def configure_evaluate(

@@ -183,6 +183,7 @@ class FLESD(Strategy):
             self.server.check_header(upload, self.round_num, self.codec.name)
             if upload.header.partition_id not in self.num_images:
                 raise PayloadError(f"partition {upload.header.partition_id} was not asked in this round")
+            _ = upload.num_images  # refused unless it can be a weight
             payload, family = upload.arrays, upload.header.family
             if self.distillation.student_init == "fedavg_of_family":
                 weights = family_weights(upload)

@@ -138,6 +138,10 @@ def lie(upload: Upload, action: str) -> Upload:
         arrays["loot"] = arrays.pop(first)
     elif action == "infinite weight":
         metrics["num-examples"] = float("inf")
+    elif action == "overflowing weight":
+        metrics["num-examples"] = 1e308
+    elif action == "no weight":
+        del metrics["num-examples"]
     elif action == "collapsed":
         arrays[first] = np.broadcast_to(arrays[first][:1], arrays[first].shape).copy()
     else:

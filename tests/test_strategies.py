@@ -232,6 +232,8 @@ def test_fedavg_of_equal_clients_is_one_of_them(fedavg: FedAvg) -> None:
         ("wrong codec", "it is encoded as 'morse', the server expects 'weights'"),
         ("wrong public set", r"its public set \(000000000000\) is not the server's"),
         ("infinite weight", "it declares num-examples=inf"),
+        ("no weight", "it declares num-examples=None"),
+        ("overflowing weight", "it declares num-examples=1e\\+308"),
     ],
 )
 def test_fedavg_refuses_a_lie_and_averages_the_rest(
@@ -257,13 +259,16 @@ def test_big_endian_weights_are_refused_before_torch_sees_them(fedavg: FedAvg) -
 
 
 # --- FLESD ---
-@pytest.mark.parametrize("action", ["nan", "wrong dtype", "wrong shape", "other name", "wrong round", "wrong codec"])
+@pytest.mark.parametrize(
+    "action",
+    ["nan", "wrong dtype", "wrong shape", "other name", "wrong round", "wrong codec", "infinite weight", "no weight"],
+)
 def test_flesd_refuses_a_lie_and_learns_from_the_rest(action: str, tmp_path: Path) -> None:
     """The target is that of the three others: the result is the one without the liar."""
     config = small(None, "strategy=flesd")
     _, strategy, _, replies = first_round(sabotaged(config, action, round_num=1, partitions=[2]), tmp_path)
     assert isinstance(strategy, FLESD)
-    with pytest.raises(ValueError, match=r"NaN|dtype|shape|named|round 2|morse"):
+    with pytest.raises(ValueError, match=r"NaN|dtype|shape|named|round 2|morse|num-examples=(inf|None)"):
         strategy.check(replies[2])
     arrays, _ = strategy.aggregate_train(1, replies)
     without, _ = strategy.aggregate_train(1, [replies[0], replies[1], replies[3]])

@@ -110,12 +110,23 @@ class Upload:
     Args:
         header: who and what for.
         arrays: named arrays, exactly as sent; read-only where a message brought them.
-        metrics: plain numbers; `num-examples` is the number of private images (FedAvg's weight).
+        metrics: plain numbers; `num-examples` is the number of private images, see `num_images`.
     """
 
     header: Header
     arrays: Mapping[str, np.ndarray]
     metrics: Mapping[str, float]
+
+    @property
+    def num_images(self) -> float:
+        """The private images that the client declares (`num-examples`); `PayloadError` where no weight can be made of it.
+
+        Beyond 2^53 a float no longer counts, and the sum over clients could become infinite.
+        """
+        declared = self.metrics.get("num-examples")
+        if declared is None or not 0 < declared <= 2**53:
+            raise PayloadError(f"it declares num-examples={declared}")
+        return declared
 
     def to_content(self) -> RecordDict:
         """As the content of a Flower message."""
