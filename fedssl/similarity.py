@@ -106,15 +106,25 @@ class FactorSimilarity:
         return (self.unit(rows) @ self.unit(columns).T).clamp_(-1, 1)
 
     def sums(self) -> tuple[float, float]:
-        """See `Similarity.sums`. From the factors alone: |sum_i f_i|^2, and ||F F^T||_F = ||F^T F||_F."""
-        dim = self.factors.shape[1]
+        """See `Similarity.sums`. From the factors alone: |sum_i f_i|^2, and ||F F^T||_F = ||F^T F||_F.
+
+        F^T F is d x d, and d is what a sender chose: where it exceeds n, blocks of F F^T take its place.
+        """
+        n, dim = self.factors.shape
         total = torch.zeros(dim, dtype=torch.float64, device=self.device)
-        gram = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
-        for rows in row_blocks(self.num_samples):
-            factors = self.unit(torch.arange(rows.start, rows.stop, device=self.device)).double()
+        gram = torch.zeros(dim if dim <= n else 0, dim, dtype=torch.float64, device=self.device)
+        squares = 0.0
+        for rows in row_blocks(n):
+            factors = self._unit_block(rows)
             total += factors.sum(dim=0)
-            gram += factors.T @ factors
-        return total.square().sum().item(), gram.square().sum().item()
+            if dim <= n:
+                gram += factors.T @ factors
+            else:
+                squares += sum((factors @ self._unit_block(other).T).square().sum().item() for other in row_blocks(n))
+        return total.square().sum().item(), squares + gram.square().sum().item()
+
+    def _unit_block(self, rows: slice) -> Float[Tensor, "b d"]:
+        return self.unit(torch.arange(rows.start, rows.stop, device=self.device)).double()
 
     def to(self, device: torch.device) -> "FactorSimilarity":
         """See `Similarity.to`."""

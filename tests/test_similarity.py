@@ -126,9 +126,17 @@ def test_collapse_measures_by_hand(z: Tensor, mean_cosine: float, effective_rank
         assert measures["effective_rank"] == pytest.approx(effective_rank, rel=1e-5)
 
 
-def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues() -> None:
-    z = embeddings(12, 5)
+@pytest.mark.parametrize(("n", "d"), [(12, 5), (12, 12), (300, 301)])
+def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues(n: int, d: int) -> None:
+    z = embeddings(n, d)
     eigenvalues = torch.linalg.eigvalsh(cosine_similarity(z).double())
     expected = eigenvalues.sum().square() / eigenvalues.square().sum()
     for similarity in every(z):
         assert collapse_measures(similarity)["effective_rank"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_measures_of_few_and_very_wide_rows_need_no_matrix_of_their_width() -> None:
+    """A sender chooses d: d x d of these would be 0.7 TB."""
+    z = torch.zeros(3, 300_000)
+    z[:, 0] = 1
+    assert collapse_measures(FactorSimilarity(factors=z)) == pytest.approx({"mean_cosine": 1, "effective_rank": 1})
