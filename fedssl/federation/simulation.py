@@ -128,7 +128,8 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
         lambda: app, num_clients=setup.federation.num_clients, threads=setup.local.threads, device=config["device"]
     ) as grid:
         cohort = ask_roster(grid)
-        messages = list(strategy.configure_train(round_num, arrays, ConfigRecord(), grid))
+        with torch_threads(setup.federation.server_threads):  # it may compute what it sends; threads are part of that
+            messages = list(strategy.configure_train(round_num, arrays, ConfigRecord(), grid))
         by_node = {message.metadata.dst_node_id: message for message in messages}
         asked = [member.partition_id for member in cohort.values() if member.node_id in by_node]
         if partition_id not in asked:
