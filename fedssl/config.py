@@ -132,9 +132,13 @@ def _named_source(
 
 
 def _method(name: Any, search_path: Sequence[str]) -> Any:
-    """The node of conf/method/<name>.yaml."""
-    if not isinstance(name, str):
+    """The node of conf/method/<name>.yaml; what is a node already stays as it is."""
+    if isinstance(name, Mapping) and "_target_" in name:
         return name
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"client.methods must be a list of names of conf/method, e.g. [simclr,info_nce], or null, got {name!r}."
+        )
     return OmegaConf.to_container(hydra.compose(CONFIG_NAME, [f"method={name}", *search_path]).method, resolve=True)
 
 

@@ -37,7 +37,7 @@ from fedssl.codecs import Codec, Sharpened
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Rule, Target, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
-from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.client import DOWNLINKS, Broadcast, Client
 from fedssl.federation.records import Upload, family_arrays, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights, mean_weights
@@ -46,8 +46,6 @@ from fedssl.seeding import derive_seed, generator
 from fedssl.similarity import AnchorMass, FactorSimilarity, Similarity, collapse_measures, unit_rows
 
 log = logging.getLogger(__name__)
-
-DOWNLINKS = ("weights", "similarity", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class FLESDClient:
 
     def _target(self, client: Client, broadcast: Broadcast) -> Target:
         arrays = {name: array.numpy() for name, array in broadcast.arrays.items()}
-        content = self.codec.decode(arrays, len(client.public_set.images))
+        content = self.codec.decode(arrays, len(client.public_set.images)).to(client.device)
         return make_target([content], self.ensemble, self.distillation.target_temperature, [1.0])
 
 
@@ -122,6 +120,15 @@ class FLESD(Strategy):
         check_cohort(ensemble, server.cohort_size or server.num_trainers)
         num_anchors = min(codec.num_anchors, n) if isinstance(codec, Sharpened) else n
         distillation.check_target(kernel=ensemble.kernel, num_anchors=num_anchors, num_samples=n)
+        if isinstance(codec, Sharpened) and (codec.temperature, codec.rule) != (
+            distillation.target_temperature,
+            ensemble,
+        ):
+            raise ConfigError(
+                f"codec=sharpened: clients would apply {codec.rule} at codec.temperature={codec.temperature}, and "
+                f"the server has {ensemble} at distill.target_temperature={distillation.target_temperature}: set "
+                f"ensemble and distill.target_temperature alone, which conf/codec/sharpened.yaml hands on."
+            )
         if isinstance(codec, Sharpened) and distillation.target_temperature_end is not None:
             raise ConfigError(
                 "codec=sharpened: the clients sharpen at distill.target_temperature, which the server cannot change "
@@ -152,7 +159,10 @@ class FLESD(Strategy):
         return self.server.messages(server_round, cohort, config, None, common=common)
 
     def _pretrained(self, arrays: ArrayRecord) -> ArrayRecord:
-        """The students after `distill.init_epochs` of the run's method on the public set; clients start there too."""
+        """The students after `distill.init_epochs` of the run's method on the public set.
+
+        Under `downlink=weights` that is what clients start from, too.
+        """
         n = len(self.server.public_set.images)
         states = {}
         for family in self.server.families:

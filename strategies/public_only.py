@@ -30,9 +30,13 @@ class PublicOnly(Strategy):
         distillation: the student's schedule that this control matches.
         total: match the clients' image passes as well.
         downlink: what clients would have received.
+
+    Raises:
+        ConfigError: the student's schedule has no step on this public set.
     """
 
     def __init__(self, *, server: Server, distillation: Distillation, total: bool, downlink: str) -> None:
+        distillation.steps_per_epoch(len(server.public_set.images))  # a schedule without any step is no control
         self.server = server
         self.distillation = distillation
         self.total = total

@@ -140,6 +140,8 @@ def lie(upload: Upload, action: str) -> Upload:
         metrics["num-examples"] = float("inf")
     elif action == "overflowing weight":
         metrics["num-examples"] = 1e308
+    elif action == "a million images":
+        metrics["num-examples"] = 1e6
     elif action == "no weight":
         del metrics["num-examples"]
     elif action == "collapsed":

@@ -93,6 +93,11 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
             ["codec=sharpened", "distill.epochs=2", "distill.target_temperature_end=0.2"],
             r"codec=sharpened: the clients sharpen at distill\.target_temperature",
         ),
+        (["codec=sharpened", "codec.temperature=0.5"], r"codec\.temperature=0\.5, and the server"),
+        (["client.methods=[simclr,3]"], r"client\.methods must be a list of names of conf/method, .* got 3"),
+        (["strategy=fedavg", "codec.dtype=fp99"], r"codec\.dtype must be one of"),
+        (["strategy=fedavg", "distill.loss=mse"], r"distill\.loss must be one of"),
+        (["strategy=public_only", "distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
         (["ensemble=cka_kernel"], r"ensemble=cka_kernel and distill\.loss=cka belong together"),
         (["distill.loss=cka"], r"ensemble=cka_kernel and distill\.loss=cka belong together"),
         (["distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
@@ -121,7 +126,7 @@ def test_a_client_cannot_claim_its_size(tmp_path: Path) -> None:
     """`size` and the family's mean weigh by what the client said before the first round, not by its upload."""
     config = small(None, "strategy=flesd", "ensemble=size")
     _, strategy, _, replies = first_round(config, tmp_path)
-    lying = sabotaged(config, "infinite weight", round_num=1, partitions=[1])
+    lying = sabotaged(config, "a million images", round_num=1, partitions=[1])
     _, _, _, lies = first_round(lying, tmp_path)
     honest, _ = strategy.aggregate_train(1, replies)
     other, _ = strategy.aggregate_train(1, lies)
@@ -244,9 +249,10 @@ def test_resume_with_models_that_clients_keep(
     assert without_clock(resumed) == without_clock(json.loads((kept(downlink) / "summary.json").read_text()))
 
 
-def test_an_unknown_downlink() -> None:
+@pytest.mark.parametrize("strategy", ["flesd", "placebo", "public_only", "fedavg"])
+def test_an_unknown_downlink(strategy: str) -> None:
     with pytest.raises(ConfigError, match=r"downlink must be one of weights, similarity, none, got 'all'"):
-        build_strategy(Setup(small(None, "strategy=flesd", "downlink=all")))
+        Setup(small(None, f"strategy={strategy}", "downlink=all")).check()
 
 
 # --- where students start ---

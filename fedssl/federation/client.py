@@ -24,6 +24,8 @@ from fedssl.models import Model
 from fedssl.seeding import derive_seed, generator
 from fedssl.train import Optimisation, train
 
+DOWNLINKS = ("weights", "similarity", "none")  # what clients receive
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:

@@ -119,7 +119,7 @@ class Upload:
 
     @property
     def num_images(self) -> float:
-        """The private images that the client declares (`num-examples`); `PayloadError` where no weight can be made of it.
+        """The private images that the client declares (`num-examples`); `PayloadError` unless it can be a weight.
 
         Beyond 2^53 a float no longer counts, and the sum over clients could become infinite.
         """

@@ -18,7 +18,7 @@ from fedssl.data.sources import Source
 from fedssl.data.views import Views
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Evaluation, Evaluator
-from fedssl.federation.client import Client, LocalTraining
+from fedssl.federation.client import DOWNLINKS, Client, LocalTraining
 from fedssl.federation.server import Server
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim, num_parameters
@@ -326,6 +326,10 @@ class Setup:
                 f"max_seconds must be at least 0, or null for no limit, got {max_seconds}. "
                 f"No round starts after that many seconds."
             )
+        if self.config["downlink"] not in DOWNLINKS:
+            raise ConfigError(f"downlink must be one of {', '.join(DOWNLINKS)}, got {self.config['downlink']!r}")
+        for group in ("codec", "ensemble", "distill"):  # also where the strategy reads none of them
+            instantiate(self.config[group])
         federation = self.federation
         _ = self.local, self.evaluation, self.views, self.method, self.device, instantiate(self.config["grid"])
         self._check_public_source()
