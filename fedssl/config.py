@@ -90,7 +90,8 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
         del resolved[key]
     resolved["strategy"]["name"] = choices["strategy"]
     if isinstance(named := resolved["client"]["methods"], list):
-        resolved["client"]["methods"] = [_method(name, search_path) for name in named]
+        run = {choices["method"]: resolved["method"]}  # with what the command line said of it
+        resolved["client"]["methods"] = [run.get(str(name)) or _method(name, search_path) for name in named]
     public, evaluate = resolved["public"], resolved["evaluate"]
     if "data" in public:
         named = public.pop("data"), public.pop("root"), public.pop("image_size")

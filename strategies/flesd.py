@@ -33,7 +33,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedssl.codecs import Codec, Sharpened
+from fedssl.codecs import Codec, Sharpened, num_anchors
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Rule, Target, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
@@ -118,8 +118,7 @@ class FLESD(Strategy):
         n = len(server.public_set.images)
         codec.check_size(n, server.projection_dim)
         check_cohort(ensemble, server.cohort_size or server.num_trainers)
-        num_anchors = min(codec.num_anchors, n) if isinstance(codec, Sharpened) else n
-        distillation.check_target(kernel=ensemble.kernel, num_anchors=num_anchors, num_samples=n)
+        distillation.check_target(kernel=ensemble.kernel, num_anchors=num_anchors(codec, n), num_samples=n)
         if isinstance(codec, Sharpened) and (codec.temperature, codec.rule) != (
             distillation.target_temperature,
             ensemble,

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedssl.codecs import Codec, num_anchors
 from fedssl.distill import Distillation
 from fedssl.federation.records import model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, image_passes
@@ -30,17 +31,19 @@ class PublicOnly(Strategy):
         distillation: the student's schedule that this control matches.
         total: match the clients' image passes as well.
         downlink: what clients would have received.
+        codec: in which clients would have answered; with few anchors the student's queue is another.
 
     Raises:
         ConfigError: the student's schedule has no step on this public set.
     """
 
-    def __init__(self, *, server: Server, distillation: Distillation, total: bool, downlink: str) -> None:
+    def __init__(self, *, server: Server, distillation: Distillation, total: bool, downlink: str, codec: Codec) -> None:
         distillation.steps_per_epoch(len(server.public_set.images))  # a schedule without any step is no control
         self.server = server
         self.distillation = distillation
         self.total = total
         self.downlink = downlink
+        self.codec = codec
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -50,8 +53,14 @@ class PublicOnly(Strategy):
         cohort = self.server.sample_cohort(server_round, grid) if self.total else []
         self.client_passes = 2 * self.server.local.local_epochs * sum(member.num_images for member in cohort)
         if self.downlink == "similarity" and server_round > 1:
-            self.client_passes += len(cohort) * self.distillation.image_passes(len(self.server.public_set.images))
+            self.client_passes += len(cohort) * self.student_passes
         return []
+
+    @property
+    def student_passes(self) -> int:
+        """Images that one student's distillation sees in a round."""
+        n = len(self.server.public_set.images)
+        return self.distillation.image_passes(n, num_anchors(self.codec, n))
 
     def effort(self) -> tuple[int, int]:
         """Optimiser steps and batch size of this round.
@@ -60,7 +69,7 @@ class PublicOnly(Strategy):
         public set in every step does, and for the clients' passes, more steps.
         """
         n = len(self.server.public_set.images)
-        steps, passes = self.distillation.num_steps(n), self.distillation.image_passes(n)
+        steps, passes = self.distillation.num_steps(n), self.student_passes
         if self.round_num == 1:
             steps += self.distillation.pretraining_steps(n)
             passes += self.distillation.pretraining_image_passes(n)

@@ -452,3 +452,13 @@ def test_the_yaml_lists_every_field_and_names_the_codec(name: str) -> None:
         config |= {"rule": RowMean(), "temperature": 0.1}
     assert target(**config).name == name
     assert isinstance(target(**config), Codec)
+
+
+def test_a_factor_of_absurd_width_is_refused() -> None:
+    """It would fit `max_bytes`, and every step of the server would pay for it."""
+    codec = Factor(dtype="fp16", max_bytes=10**9)
+    factors = np.zeros((4, 8193), np.float16)
+    factors[:, 0] = 1
+    with pytest.raises(PayloadError, match="'factors' has 8193 dimensions, more than 8192 say nothing new"):
+        codec.decode({"factors": factors}, 4)
+    assert codec.decode({"factors": factors[:, :8192]}, 4).num_samples == 4

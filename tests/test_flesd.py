@@ -345,3 +345,17 @@ def test_a_method_for_each_client(tmp_path: Path) -> None:
 def test_an_unknown_method_of_a_client() -> None:
     with pytest.raises(ConfigError, match=r"method=simlcr: there is no such choice"):
         small(None, "client.methods=[simlcr]")
+
+
+def test_a_clients_method_has_the_numbers_of_the_command_line() -> None:
+    config = small(None, "client.methods=[info_nce,simclr]", "method=info_nce", "method.temperature=0.3")
+    assert [method["temperature"] for method in config["client"]["methods"]] == [0.3, 0.5]
+
+
+def test_public_only_matches_a_queue_of_few_anchors(tmp_path: Path) -> None:
+    """codec=sharpened fills and refreshes a queue of its own size; the control's images are counted against that."""
+    overrides = ("codec=sharpened", "codec.num_anchors=20", "federation.num_rounds=1", "evaluate.every=9")
+    for strategy in ("flesd", "public_only"):
+        simulation.run(small(tmp_path / strategy, f"strategy={strategy}", *overrides))
+    student, control = (rows(tmp_path / name, "server")[0]["metrics"] for name in ("flesd", "public_only"))
+    assert control["tiny/image_passes"] >= student["tiny/image_passes"]

@@ -13,14 +13,15 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedssl.data.images import ImageSet
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import rounds, simulation
-from fedssl.federation.flower_compat import stamp
+from fedssl.federation.flower_compat import identify_process, stamp
 from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
 from fedssl.federation.server import image_passes
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
+from fedssl.federation.weights import check_weights
 from fedssl.seeding import generator
 from strategies.fedavg import FedAvg
 from strategies.flesd import FLESD
@@ -163,6 +164,7 @@ def test_flowers_own_loop_learns_the_same_weights(finished: Any, tmp_path: Path)
 # --- FedAvg ---
 @pytest.fixture
 def fedavg() -> FedAvg:
+    identify_process()
     setup = Setup(small(None, "strategy=fedavg"))
     families = {"families": ("a", "b"), "client_families": ("a", "b"), "report_family": "a"}
     strategy = FedAvg(server=dataclasses.replace(setup.server(), **families), weighted=True)
@@ -250,6 +252,16 @@ def test_fedavg_refuses_a_lie_and_averages_the_rest(
     assert caplog.records
     with pytest.raises(ValueError, match=reason):
         fedavg.check(liar)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("a/w", 1e30, r"'a/w' holds 1e\+30, no trained"), ("a/running_var", -1.0, "negative variance -1")],
+)
+def test_weights_that_would_end_everybodys_run_are_refused(name: str, value: float, reason: str) -> None:
+    weights = {name: np.full(2, value, np.float32)}
+    with pytest.raises(PayloadError, match=reason):
+        check_weights(weights, ArrayRecord({name: Array(np.zeros(2, np.float32))}), "a")
 
 
 def test_big_endian_weights_are_refused_before_torch_sees_them(fedavg: FedAvg) -> None:
@@ -424,7 +436,9 @@ def test_public_only_matches_any_distillation(public: int, epochs: int, batch_si
     rows_of_public = np.arange(public) % 24
     images = setup.public_set.images.subset(rows_of_public)
     server = dataclasses.replace(setup.server(), public_set=dataclasses.replace(setup.public_set, images=images))
-    strategy = PublicOnly(server=server, distillation=distillation, total=False, downlink="weights")
+    strategy = PublicOnly(
+        server=server, distillation=distillation, total=False, downlink="weights", codec=strategy.codec
+    )
     strategy.client_passes, strategy.round_num = 0, 1
     steps, size = strategy.effort()
     wanted_steps, wanted = distillation.num_steps(public), distillation.image_passes(public)

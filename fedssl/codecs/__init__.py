@@ -11,8 +11,8 @@ similarity whose entries lie in [-1, 1] with ones on the diagonal, or raises `Pa
 from fedssl.codecs.base import Codec
 from fedssl.codecs.dense import Dense
 from fedssl.codecs.factor import Factor, random_rotation
-from fedssl.codecs.sharpened import Sharpened
+from fedssl.codecs.sharpened import Sharpened, num_anchors
 from fedssl.codecs.topk import TopK
 from fedssl.codecs.triangle import Triangle
 
-__all__ = ["Codec", "Dense", "Factor", "Sharpened", "TopK", "Triangle", "random_rotation"]
+__all__ = ["Codec", "Dense", "Factor", "Sharpened", "TopK", "Triangle", "num_anchors", "random_rotation"]

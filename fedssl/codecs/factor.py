@@ -14,6 +14,7 @@ from fedssl.codecs import base
 from fedssl.errors import PayloadError
 from fedssl.similarity import INT8_ONE, FactorSimilarity, row_blocks
 
+WIDEST = 8192  # dimensions of an embedding that anybody uses; n images never span more than n
 DRAWS = 10  # rotations tried until int8 keeps its bound; the first nearly always does
 
 
@@ -92,6 +93,8 @@ class Factor:
         """See `Codec.decode`; the similarity normalises rows again."""
         expected = {"factors": (base.DTYPES[self.dtype], (num_samples, None))}
         [factors] = base.read(self.name, arrays, expected, num_samples, self.max_bytes)
+        if factors.shape[1] > (widest := max(num_samples, WIDEST)):  # the server's work and memory grow with d
+            raise PayloadError(f"'factors' has {factors.shape[1]} dimensions, more than {widest} say nothing new")
         for rows in row_blocks(num_samples):
             self._check_rows(factors[rows], rows.start)
         return FactorSimilarity(factors=factors)

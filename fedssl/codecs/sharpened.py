@@ -135,4 +135,11 @@ class Sharpened:
                     f"the masses of row {first + row} sum to {1 + off[row].item():.6g}; "
                     f"{type(self.rule).__name__} makes them sum to 1 (+-{self._row_error:g} for rounding)"
                 )
+        elif self.rule.whole_rows and (total := masses.sum(dim=1).amax().item()) > 1 + self._row_error:
+            raise PayloadError(f"the masses of a row sum to {total:.6g}; {type(self.rule).__name__} makes at most 1")
         return masses.clamp_(max=1)
+
+
+def num_anchors(codec: base.Codec, n: int) -> int:
+    """How many of n public images a target that is made of this codec's uploads knows as anchors."""
+    return min(codec.num_anchors, n) if isinstance(codec, Sharpened) else n

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fedssl.errors import PayloadError
 
+LARGEST = 1e10  # of a weight: far beyond it a forward pass overflows, which would end everybody's run
+
 
 def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
-    """Refuse weights with other names, shapes or dtypes than the family's, or that are not finite.
+    """Refuse weights with other names, shapes or dtypes than the family's, or that no network can have.
 
     Args:
         arrays: what a client sent, by `<family>/<parameter>`.
@@ -29,6 +31,12 @@ def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, famil
             raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
         if not np.isfinite(value).all():
             raise PayloadError(f"weight {name!r} holds NaN or infinity")
+        if value.size and np.abs(value).max() > LARGEST:
+            raise PayloadError(
+                f"weight {name!r} holds {np.abs(value).max():.3g}, no trained network has beyond {LARGEST:g}"
+            )
+        if name.endswith("running_var") and value.size and value.min() < 0:
+            raise PayloadError(f"weight {name!r} holds the negative variance {value.min():.3g}")
 
 
 def mean_weights(states: Sequence[Mapping[str, np.ndarray]], shares: Sequence[float]) -> dict[str, Tensor]:
