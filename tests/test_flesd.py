@@ -44,13 +44,10 @@ CODECS = sorted(path.stem for path in (conf_dir() / "codec").glob("*.yaml"))
 RULES = sorted(path.stem for path in (conf_dir() / "ensemble").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_round_with_every_codec(codec: str, dtype: str, tmp_path: Path) -> None:
+def test_a_round_with_every_codec(codec: str, tmp_path: Path) -> None:
     """The bytes that are counted are those that the codec states, and the names and numbers around them."""
-    config = small(
-        tmp_path / "run", "strategy=flesd", f"codec={codec}", f"codec.dtype={dtype}", "federation.num_rounds=1"
-    )
+    config = small(tmp_path / "run", "strategy=flesd", f"codec={codec}", "codec.dtype=int8", "federation.num_rounds=1")
     assert simulation.run(config)["status"] == "completed"
     stated = build_strategy(Setup(config)).codec.num_bytes(24, 8)  # type: ignore[attr-defined]
     for row in rows(tmp_path / "run", "client"):
@@ -62,10 +59,13 @@ def test_a_round_with_every_codec(codec: str, dtype: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("rule", RULES)
 def test_a_round_with_every_rule(rule: str, tmp_path: Path) -> None:
     more = {"krum": ["ensemble.num_byzantine=0"], "cka_kernel": ["distill.loss=cka"]}.get(rule, [])
-    config = small(tmp_path / "run", "strategy=flesd", f"ensemble={rule}", "federation.num_rounds=1", *more)
-    assert simulation.run(config)["status"] == "completed"
-    arrays, initial = final_arrays(tmp_path / "run"), numpy_of(Setup(config).server().initial_arrays())
-    assert any(not np.array_equal(arrays[name], initial[name]) for name in arrays)
+    setup, strategy, _, replies = first_round(small(None, "strategy=flesd", f"ensemble={rule}", *more), tmp_path)
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    assert metrics is not None
+    assert np.isfinite(metrics["tiny/loss"])
+    initial = setup.server().initial_arrays()
+    assert any(not np.array_equal(array.numpy(), initial[name].numpy()) for name, array in arrays.items())
 
 
 @pytest.mark.parametrize("loss", ["kl", "js", "reverse_kl"])

@@ -55,7 +55,7 @@ class LastWins(Strategy):
         states = {family: family_state(self.arrays, family) for family in self.server.families}
         for upload in read_uploads(replies, self.check):
             arrays = upload.arrays.items()
-            states[upload.header.family] = {k: torch.from_numpy(v) * self.shrink for k, v in arrays}
+            states[upload.header.family] = {k: torch.tensor(v) * self.shrink for k, v in arrays}
         return to_arrays(states), MetricRecord()
 
     def configure_evaluate(self, server_round, arrays, config, grid):
