@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedssl.config import compose, conf_dir
+from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.grids.in_process import InProcess
@@ -211,6 +213,21 @@ def first_round(config: Mapping[str, Any], run_dir: Path) -> tuple[Setup, Strate
     grid = open_in_process(config, run_dir)
     messages = list(strategy.configure_train(1, setup.server().initial_arrays(), ConfigRecord(), grid))
     return setup, strategy, messages, list(grid.send_and_receive(messages))
+
+
+def run_interrupted(config: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, *, before_round: int) -> None:
+    """Run until Ctrl-C between two rounds."""
+    one_round = rounds.Rounds.one_round
+
+    def until(self: rounds.Rounds, state: rounds.State, round_num: int) -> rounds.State:
+        if round_num == before_round:
+            raise KeyboardInterrupt
+        return one_round(self, state, round_num)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.Rounds, "one_round", until)
+        with pytest.raises(KeyboardInterrupt):
+            simulation.run(config)
 
 
 # --- reading what a run left --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord
 
 from fedssl.config import conf_dir
 from fedssl.errors import ConfigError
-from fedssl.federation import rounds, simulation
+from fedssl.federation import simulation
 from fedssl.federation.records import family_state, model_state
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
@@ -28,6 +28,7 @@ from tests.federation_helpers import (
     numpy_of,
     open_in_process,
     rows,
+    run_interrupted,
     sabotaged,
     small,
     without_clock,
@@ -232,17 +233,7 @@ def test_resume_with_models_that_clients_keep(
     downlink: str, kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(tmp_path / "run", "strategy=flesd", f"downlink={downlink}", "federation.num_rounds=3")
-    one_round = rounds.Rounds.one_round
-
-    def until_one(self: rounds.Rounds, state: rounds.State, round_num: int) -> rounds.State:
-        if round_num == 2:
-            raise KeyboardInterrupt
-        return one_round(self, state, round_num)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rounds.Rounds, "one_round", until_one)
-        with pytest.raises(KeyboardInterrupt):
-            simulation.run(config)
+    run_interrupted(config, monkeypatch, before_round=2)
     resumed = simulation.resume(config, tmp_path / "run")
     assert_same(final_arrays(tmp_path / "run"), final_arrays(kept(downlink)))
     assert rows(tmp_path / "run") == rows(kept(downlink))

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, PayloadError
-from fedssl.federation import rounds, simulation
+from fedssl.federation import simulation
 from fedssl.federation.flower_compat import identify_process, stamp
 from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
 from fedssl.federation.server import image_passes
@@ -38,6 +38,7 @@ from tests.federation_helpers import (
     numpy_of,
     open_in_process,
     rows,
+    run_interrupted,
     sabotaged,
     small,
     without_clock,
@@ -81,17 +82,7 @@ def test_a_run_killed_between_rounds_and_resumed_equals_one_that_was_not(
 ) -> None:
     """Weights, rows, counters and the clients' memory, bit for bit; so two runs are equal, too."""
     config = small(tmp_path / "run", f"strategy={strategy}", *FOUR_ROUNDS)
-    one_round = rounds.Rounds.one_round
-
-    def until_two(self: rounds.Rounds, state: rounds.State, round_num: int) -> rounds.State:
-        if round_num == 3:
-            raise KeyboardInterrupt
-        return one_round(self, state, round_num)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rounds.Rounds, "one_round", until_two)
-        with pytest.raises(KeyboardInterrupt):
-            simulation.run(config)
+    run_interrupted(config, monkeypatch, before_round=3)
     torch.manual_seed(random.randrange(10**6))  # no strategy may draw from it
     np.random.seed(random.randrange(10**6))  # noqa: NPY002
     resumed = simulation.resume(config, tmp_path / "run")
