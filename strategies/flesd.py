@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -37,6 +37,7 @@ from fedssl.codecs import Codec, Sharpened, num_anchors
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Rule, Target, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
+from fedssl.federation.arrays import read_array, to_record
 from fedssl.federation.client import DOWNLINKS, Broadcast, Client
 from fedssl.federation.records import Upload, family_arrays, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
@@ -83,7 +84,7 @@ class FLESDClient:
         return client.upload(arrays, metrics, codec=self.codec.name)
 
     def _target(self, client: Client, broadcast: Broadcast) -> Target:
-        arrays = {name: array.numpy() for name, array in broadcast.arrays.items()}
+        arrays = {name: read_array(name, array) for name, array in broadcast.arrays.items()}
         content = self.codec.decode(arrays, len(client.public_set.images)).to(client.device)
         return make_target([content], self.ensemble, self.distillation.target_temperature, [1.0])
 
@@ -182,7 +183,7 @@ class FLESD(Strategy):
         student = self.server.load(self.arrays, self.server.report_family)
         rotation = generator(self.server.seed, "downlink rotation", self.round_num)
         arrays = self.codec.encode(self.server.embed_public(student), rotation)
-        return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+        return to_record(arrays)
 
     # --- gather ---
     def check(self, reply: Message) -> tuple[Upload, Similarity | AnchorMass]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
@@ -17,6 +17,7 @@ from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from fedssl.errors import ConfigError, DataError
+from fedssl.federation.arrays import read_array, to_record
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(
-            {name: np.asarray(array.numpy(), order="C") for name, array in arrays.items()},
+            {name: np.asarray(read_array(name, array), order="C") for name, array in arrays.items()},
             partial / "arrays.safetensors",
         )
         save_tensors(dict(strategy_state), partial / "strategy.safetensors")
@@ -84,7 +85,7 @@ class Checkpoints:
         arrays = _read(folder / "arrays.safetensors", load_file)
         strategy_state = _read(folder / "strategy.safetensors", load_tensors)
         progressed = _read(folder / "progress.json", lambda path: Progressed(**json.loads(path.read_text())))
-        return ArrayRecord({name: Array(value) for name, value in arrays.items()}), strategy_state, progressed
+        return to_record(arrays), strategy_state, progressed
 
     def prune(self, failed_rounds: list[int]) -> int:
         """Delete what neither `resume` nor a replay of a failed round needs; returns the oldest round kept."""

@@ -6,19 +6,16 @@ Up:   ``{"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
 Weights travel as ``<family>/<parameter>``, so that one record can hold the models of several architecture families.
 """
 
-import io
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from numpy.lib import format as npy
 from torch import Tensor, nn
 
 from fedssl.errors import PayloadError
+from fedssl.federation.arrays import read_array, to_record
 from fedssl.models import recount_batches
 
 
@@ -43,9 +40,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def to_arrays(states: Mapping[str, Mapping[str, Tensor]]) -> ArrayRecord:
     """States of several families, by family name, as one record."""
-    return ArrayRecord(
+    return to_record(
         {
-            f"{family}/{name}": Array(value.detach().cpu().numpy())
+            f"{family}/{name}": value.detach().cpu().numpy()
             for family, state in states.items()
             for name, value in state.items()
         }
@@ -65,7 +62,7 @@ def family_state(arrays: ArrayRecord, family: str) -> dict[str, Tensor]:
     """The tensors of `family` in `arrays`, by parameter name; empty if the record holds none."""
     prefix = f"{family}/"
     return {
-        name.removeprefix(prefix): torch.from_numpy(array.numpy())
+        name.removeprefix(prefix): torch.from_numpy(read_array(name, array).copy())
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
@@ -132,7 +129,7 @@ class Upload:
         """As the content of a Flower message."""
         return RecordDict(
             {
-                "arrays": ArrayRecord({name: Array(value) for name, value in self.arrays.items()}),
+                "arrays": to_record(self.arrays),
                 "metrics": MetricRecord(dict(self.metrics)),
                 "header": self.header.to_record(),
             }
@@ -167,31 +164,6 @@ class Upload:
 
 
 _UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
-NUMPY = "numpy.ndarray"  # Flower's name for numpy's format
-_HEADER_BYTES = 16_384  # numpy reads headers of up to 10,000 characters
-_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-
-
-def read_array(name: str, array: Array) -> np.ndarray:
-    """The array in numpy's own format (`numpy.lib.format`), not copied and therefore read-only.
-
-    Nothing is allocated for what a header claims: type and shape must account for the bytes that are there, to the
-    last one. Types are booleans and real numbers, so no objects, whose reading would run the sender's code.
-    """
-    try:
-        if array.stype != NUMPY:
-            raise ValueError(f"its type is {array.stype!r}, not {NUMPY!r}")
-        data = memoryview(array.data)
-        head = io.BytesIO(data[:_HEADER_BYTES])
-        shape, fortran_order, dtype = _HEADERS[npy.read_magic(head)](head)
-        if dtype.kind not in "biuf":
-            raise ValueError(f"arrays of {dtype} are not accepted")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - head.tell():
-            raise ValueError(f"{len(data) - head.tell()} bytes of data cannot be {dtype}{shape}")
-        order: Literal["F", "C"] = "F" if fortran_order else "C"
-        return np.ndarray(shape, dtype, buffer=data, offset=head.tell(), order=order)
-    except Exception as error:  # numpy's parser raises many kinds
-        raise PayloadError(f"array {name!r} cannot be read: {error}") from error
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------

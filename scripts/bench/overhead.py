@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from bench.measure import Result, judge, median_interval
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedssl.federation.arrays import read_array, to_record
 from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcess
 from fedssl.federation.grids.ray import Ray
@@ -21,28 +22,28 @@ LIMITS = {"in_process": 0.4, "ray": 1.0}  # ms a message
 
 
 def no_op_app() -> ClientApp:
-    """A Flower app that reads its header and array, and answers with an array of that size and a metric."""
+    """A Flower app that reads its header and array as our clients do, and answers with that array and a metric."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        weights = message.content["arrays"]["w"].numpy()
+        arrays = to_record({"w": read_array("w", message.content["arrays"]["w"])})
         metrics = MetricRecord({"round": message.content["header"]["round"]})
-        return Message(RecordDict({"arrays": ArrayRecord({"w": Array(weights)}), "metrics": metrics}), reply_to=message)
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     return app
 
 
 def no_op_round(grid: LocalGrid, node_ids: Sequence[int], round_num: int) -> None:
     """From creating the messages to having read all replies."""
-    arrays = ArrayRecord({"w": Array(np.full(ARRAY_VALUES, round_num, np.float32))})
+    arrays = to_record({"w": np.full(ARRAY_VALUES, round_num, np.float32)})
     messages = [
         Message(RecordDict({"header": ConfigRecord({"round": round_num}), "arrays": arrays}), node_id, "train")
         for node_id in node_ids
     ]
     replies = grid.send_and_receive(messages)
     metrics = sum(int(reply.content["metrics"]["round"]) for reply in replies)
-    total = sum(float(reply.content["arrays"]["w"].numpy()[-1]) for reply in replies)
+    total = sum(float(read_array("w", reply.content["arrays"]["w"])[-1]) for reply in replies)
     assert metrics == total == len(messages) * round_num
 
 
