@@ -88,8 +88,9 @@ class TopK:
         z = base.directions(embeddings)
         shape = len(z), self.num_kept(len(z))
         values, indices = np.empty(shape, base.DTYPES[self.dtype]), np.empty(shape, base.index_dtype(len(z)))
+        block = z.new_empty(0)  # kept: to allocate it anew for every block costs as much as to compute it
         for rows in row_blocks(len(z)):
-            cosines = (z[rows] @ z.T).clamp_(-1, 1)
+            cosines = torch.mm(z[rows], z.T, out=block.resize_(len(z[rows]), len(z))).clamp_(-1, 1)
             cosines[torch.arange(len(cosines)), torch.arange(rows.start, rows.stop)] = -torch.inf
             kept = cosines.topk(shape[1], dim=1, sorted=False).indices.sort(dim=1).values
             values[rows] = base.quantise(cosines.gather(1, kept), self.dtype).numpy()
