@@ -48,6 +48,8 @@ from fedssl.similarity import AnchorMass, FactorSimilarity, Similarity, collapse
 
 log = logging.getLogger(__name__)
 
+Received = tuple[Upload, Similarity | AnchorMass]  # an upload and what its codec makes of it
+
 
 @dataclass(frozen=True, kw_only=True)
 class FLESDClient:
@@ -65,6 +67,11 @@ class FLESDClient:
 
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client."""
+        model, metrics = self.trained(client, broadcast)
+        return self.answer(client, model, metrics)
+
+    def trained(self, client: Client, broadcast: Broadcast) -> tuple[Model, dict[str, float]]:
+        """The client's model after this round, and how that went."""
         learned: dict[str, float] = {}
         if self.downlink == "weights":
             model = client.load(broadcast)
@@ -73,12 +80,15 @@ class FLESDClient:
             if broadcast.arrays:
                 learned = client.distill(model, self._target(client, broadcast), self.distillation)
         metrics = client.train(model, epochs=self.local_epochs)
-        metrics |= {f"distill_{name}": value for name, value in learned.items()}
-        embeddings = client.embed_public(model)  # (n, d)
-        metrics |= collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
-        arrays = self.codec.encode(embeddings, client.generator("rotation"))
         if self.downlink != "weights":
             client.remember(model, client.family)
+        return model, metrics | {f"distill_{name}": value for name, value in learned.items()}
+
+    def answer(self, client: Client, model: Model, metrics: dict[str, float]) -> Upload:
+        """What the client sends: its similarities of the public set."""
+        embeddings = client.embed_public(model)  # (n, d)
+        metrics = metrics | collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
+        arrays = self.codec.encode(embeddings, client.generator("rotation"))
         if self.distillation.student_init == "fedavg_of_family":
             arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)
@@ -141,7 +151,7 @@ class FLESD(Strategy):
         self.downlink = downlink
         self.warn_mean_cosine = warn_mean_cosine
         self.warn_effective_rank = warn_effective_rank
-        self.decoded: WeakKeyDictionary[Message, tuple[Upload, Similarity | AnchorMass]] = WeakKeyDictionary()
+        self.decoded: WeakKeyDictionary[Message, Received] = WeakKeyDictionary()
 
     # --- broadcast ---
     def configure_train(
@@ -186,7 +196,7 @@ class FLESD(Strategy):
         return to_record(arrays)
 
     # --- gather ---
-    def check(self, reply: Message) -> tuple[Upload, Similarity | AnchorMass]:
+    def check(self, reply: Message) -> Received:
         """Parse and decode an upload, once; `PayloadError` says why it is refused."""
         if reply not in self.decoded:
             upload = Upload.from_message(reply)
@@ -204,11 +214,15 @@ class FLESD(Strategy):
         return self.decoded[reply]
 
     # --- ensemble and distil ---
+    def choose(self, received: list[Received]) -> list[Received]:
+        """The uploads that make the ensemble: all; `strategies/best_client.py` takes one."""
+        return received
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Ensemble the similarities and distil them into every family's student."""
-        received = read_uploads(replies, self.check)
+        received = self.choose(read_uploads(replies, self.check))
         if not received:
             return self.arrays, None
         for upload, content in received:

@@ -350,6 +350,31 @@ def test_placebo_does_not_learn_from_the_broadcast(tmp_path: Path) -> None:
         )
 
 
+def test_best_client_learns_from_the_one_with_the_highest_accuracy(tmp_path: Path) -> None:
+    """The student of four uploads is that of the best one alone, which is not the first."""
+    config = small(None, "strategy=best_client")
+    _, strategy, _, replies = first_round(config, tmp_path)
+    accuracies = [0.2, 0.4, 0.9, 0.4]
+    for reply, accuracy in zip(replies, accuracies, strict=True):
+        assert 0 < reply.content["metrics"]["linear_top1"] < 1  # measured, before we say otherwise
+        reply.content["metrics"]["linear_top1"] = accuracy
+    of_all, _ = strategy.aggregate_train(1, replies)
+    of_one, _ = first_round(config, tmp_path)[1].aggregate_train(1, [replies[2]])
+    assert_same(numpy_of(of_all), numpy_of(of_one))
+
+
+@pytest.mark.parametrize("accuracy", [None, float("nan"), 1.5])
+def test_best_client_refuses_an_accuracy_that_is_none(accuracy: float | None, tmp_path: Path) -> None:
+    _, strategy, _, replies = first_round(small(None, "strategy=best_client"), tmp_path)
+    metrics = replies[1].content["metrics"]
+    if accuracy is None:
+        del metrics["linear_top1"]
+    else:
+        metrics["linear_top1"] = accuracy
+    with pytest.raises(PayloadError, match="linear_top1"):
+        strategy.check(replies[1])
+
+
 def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
     setup, strategy, messages, replies = first_round(small(None, "strategy=local_only"), tmp_path)
     assert all(len(message.content["arrays"]) == 0 for message in [*messages, *replies])
