@@ -170,7 +170,14 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 # What the keys are that no `_target_` takes.
-TOP_LEVEL: dict[str, Any] = {"seed": int, "device": str, "downlink": str, "max_seconds": float | None, "run_dir": str}
+TOP_LEVEL: dict[str, Any] = {
+    "seed": int,
+    "device": str,
+    "downlink": str,
+    "embedding": str,
+    "max_seconds": float | None,
+    "run_dir": str,
+}
 SAID_TO_THE_COMMAND = ("resume", "replay")  # no part of a run
 CLIENT_STORE = {"store": str | None}
 STRATEGY = ("name", "client", "server")

@@ -29,6 +29,11 @@ but for an older key of it that may still be in the queue.
 `loss: cka` compares kernels of the batch instead (`fedssl.losses.cka_loss`). It has no anchors: neither target encoder
 nor queue exist, and queue_size, ema_decay, ema_buffers and both temperatures are not read.
 
+`loss: coordinates`, ours, has no anchors either. The clients' mean kernel over the whole public set is turned into one
+point per image (`fedssl.ensemble.principal_coordinates`), once a round, and a linear head on the student's features
+learns them from one view: loss = mean_i 1 - cos(W h_i + b, c_i). The head is thrown away after the round. The
+projector learns nothing, but from NT-Xent where that has a weight.
+
 Two terms may be added: an NT-Xent loss between two views of the batch (the authors' code had an InfoNCE for a while,
 with weight 0), and, ours, the distance of the features to those of a frozen reference, against forgetting between
 rounds:
@@ -45,15 +50,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedssl.anchors import Queue, filling_order, move_average
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
-from fedssl.ensemble import Target, check_temperature
+from fedssl.ensemble import EnsembleTarget, Target, check_temperature
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.losses import (
     cka_loss,
+    cosine_distance,
     cross_entropy,
     entropy,
     feature_distance,
@@ -62,7 +68,7 @@ from fedssl.losses import (
     nt_xent,
     reverse_kl_divergence,
 )
-from fedssl.models import Model
+from fedssl.models import Model, feature_dim
 from fedssl.seeding import generator, seeded_init
 from fedssl.train import Optimisation
 
@@ -72,8 +78,9 @@ ANCHORED_LOSSES = {
     "js": js_divergence,
     "reverse_kl": reverse_kl_divergence,
 }
+KERNEL_LOSSES = ("cka", "coordinates")
 CHOICES = {
-    "loss": (*ANCHORED_LOSSES, "cka"),
+    "loss": (*ANCHORED_LOSSES, *KERNEL_LOSSES),
     "warmup": ("once", "every_epoch"),
     "student_init": ("previous", "scratch", "fedavg_of_family", "public_only"),
 }
@@ -100,7 +107,9 @@ class Distillation:
     student_temperature_end: float | None  # likewise
     ema_decay: float  # of the target encoder, per step: 0 copies the student, 1 stays at its start
     ema_buffers: bool  # average batch norm's buffers too; False: they see the target encoder's own batches
-    loss: str  # between target p and student q: "ce", "kl", "js", "reverse_kl"; "cka" between kernels
+    loss: str  # between target p and student q: "ce", "kl", "js", "reverse_kl"; to a kernel: "cka", "coordinates"
+    num_coordinates: int  # per public image, >= 1; read by "coordinates" only
+    whitening: float  # of them, 0 (none) .. 1 (all directions alike); read by "coordinates" only
     similarity_weight: float  # of that loss, >= 0
     contrastive_weight: float  # of NT-Xent on the public batch, >= 0; 0 does not compute it
     contrastive_temperature: float  # its temperature, > 0
@@ -138,9 +147,13 @@ class Distillation:
                 "distill.similarity_weight and distill.contrastive_weight are both 0, which leaves nothing to learn: "
                 "raise one."
             )
-        if self.loss == "cka" and (self.warmup != "once" or not self.own_key):
+        if self.num_coordinates < 1:
+            raise ConfigError(f"distill.num_coordinates must be at least 1, got {self.num_coordinates}.")
+        if not 0 <= self.whitening <= 1:
+            raise ConfigError(f"distill.whitening must be between 0 and 1, got {self.whitening}.")
+        if self.loss in KERNEL_LOSSES and (self.warmup != "once" or not self.own_key):
             raise ConfigError(
-                f"distill.loss=cka has no queue, so distill.warmup must be once and distill.own_key true, "
+                f"distill.loss={self.loss} has no queue, so distill.warmup must be once and distill.own_key true, "
                 f"got {self.warmup} and {str(self.own_key).lower()}."
             )
         if self.student_init == "public_only" and self.init_epochs < 1:
@@ -157,8 +170,10 @@ class Distillation:
                 f"distill.{name}={end} is reached in the last epoch, but distill.epochs=1 has only a first one: "
                 f"raise epochs or set it to null."
             )
-        if self.loss == "cka":
-            raise ConfigError(f"distill.loss=cka knows no temperature, so distill.{name} must be null, got {end}.")
+        if self.loss in KERNEL_LOSSES:
+            raise ConfigError(
+                f"distill.loss={self.loss} knows no temperature, so distill.{name} must be null, got {end}."
+            )
 
     def temperatures(self, epoch: int) -> tuple[float, float]:
         """The target's and the student's temperature in an epoch, 0 .. epochs - 1."""
@@ -209,7 +224,7 @@ class Distillation:
             num_anchors: public positions that may be anchors (`Target.num_anchors`); None: all n.
         """
         steps, batch_size = self.num_steps(n), min(self.batch_size, n)
-        if self.loss == "cka":
+        if self.loss in KERNEL_LOSSES:
             keys = 0
         elif num_anchors is not None and num_anchors < n:
             keys = num_anchors + steps * min(batch_size, num_anchors)
@@ -233,11 +248,12 @@ class Distillation:
 
     def check_target(self, *, kernel: bool, num_anchors: int, num_samples: int) -> None:
         """Raise ConfigError unless this loss and this queue can learn from such a `Target`, here by its attributes."""
-        if kernel != (self.loss == "cka"):
+        wants_kernel = self.loss in KERNEL_LOSSES
+        if kernel != wants_kernel:
             raise ConfigError(
-                f"distill.loss={self.loss} learns from {'a kernel' if self.loss == 'cka' else 'rows that sum to 1'}, "
+                f"distill.loss={self.loss} learns from {'a kernel' if wants_kernel else 'rows that sum to 1'}, "
                 f"but the chosen ensemble makes {'a kernel' if kernel else 'rows that sum to 1'}: "
-                f"ensemble=cka_kernel and distill.loss=cka belong together."
+                f"ensemble=cka_kernel and distill.loss={' or '.join(KERNEL_LOSSES)} belong together."
             )
         self.steps_per_epoch(num_samples)
         if num_anchors == num_samples:
@@ -286,11 +302,17 @@ class Distiller:
         self.student = student.to(device).train()
         self.target = target.to(device)
         self.target_temperature, self.student_temperature = distillation.temperatures(epoch=0)
+        self.pixels = images.take(np.arange(n)).to(device)
+        self.head: nn.Module | None = None
+        if distillation.loss == "coordinates":
+            self.coordinates, self.head = self._regression(target, generator(seed, "coordinates", round_num))
         self.optimiser, self.schedule = distillation.optimisation.build(
-            student.parameters(), total_steps=distillation.num_steps(n), round_num=round_num, num_rounds=num_rounds
+            [*student.parameters(), *(self.head.parameters() if self.head else ())],
+            total_steps=distillation.num_steps(n),
+            round_num=round_num,
+            num_rounds=num_rounds,
         )
         self.views = views
-        self.pixels = images.take(np.arange(n)).to(device)
         self.order_rng = generator(seed, "distillation order", round_num)
         self.views_rng = generator(seed, "distillation views", round_num, device=device)
         if distillation.feature_weight > 0:
@@ -332,7 +354,11 @@ class Distiller:
         if distillation.own_key:
             self._advance_anchors(rows, views[-1])
         h, z = self._embed(self.student, torch.cat(views) if contrastive else views[0])  # one pass, one batch norm
-        similarity, measures = self._similarity_loss(z[:b], rows)
+        if self.head is not None:
+            similarity = cosine_distance(self.head(h), self.coordinates[rows].repeat(len(h) // b, 1))
+            measures: dict[str, Float[Tensor, ""]] = {}
+        else:
+            similarity, measures = self._similarity_loss(z[:b], rows)
         loss = distillation.similarity_weight * similarity
         if contrastive:
             measures["contrastive_loss"] = nt_xent(z[:b], z[b:], distillation.contrastive_temperature)
@@ -349,6 +375,21 @@ class Distiller:
         if not distillation.own_key:
             self._advance_anchors(rows, views[-1])
         return {name: value.detach() for name, value in {"loss": loss, **measures}.items()}
+
+    def _regression(self, target: Target, rng: torch.Generator) -> tuple[Float[Tensor, "n c"], nn.Module]:
+        """One point per public image, and the head that is to find it in the student's features."""
+        assert isinstance(target, EnsembleTarget)  # `check_target`: of a kernel
+        coordinates = target.to(self.device).coordinates(
+            self.distillation.num_coordinates, rng, whitening=self.distillation.whitening
+        )
+        num_coordinates = coordinates.shape[1]
+        if not num_coordinates:
+            raise FedSSLError(
+                "no client tells any two public images apart, so there is nothing to distil: all have collapsed. "
+                "Lower client.optimisation.lr."
+            )
+        width = feature_dim(self.student.backbone, self.pixels.shape[-1])
+        return coordinates, nn.Linear(width, num_coordinates).to(self.device)
 
     def _similarity_loss(
         self, z: Float[Tensor, "b d"], rows: Int64[Tensor, " b"]

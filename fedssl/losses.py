@@ -115,6 +115,15 @@ def cka_loss(z: Float[Tensor, "b d"], kernel: Float[Tensor, "b b"]) -> Float[Ten
     return 1 - F.cosine_similarity(student, target, dim=0, eps=torch.finfo(student.dtype).tiny)
 
 
+def cosine_distance(predicted: Float[Tensor, "b c"], coordinates: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """1 - cos(predicted_i, coordinates_i), the mean over a batch: BYOL's regression loss, halved.
+
+    Grill et al. 2020, Eq. 2, https://arxiv.org/abs/2006.07733. An image whose coordinates are all 0 costs 1 and has no
+    gradient.
+    """
+    return 1 - (_unit(predicted) * _unit(coordinates)).sum(dim=1).mean()
+
+
 def feature_distance(h: Float[Tensor, "b f"], reference: Float[Tensor, "b f"]) -> Float[Tensor, ""]:
     """(1/b) sum_i |h_i - reference_i|^2: how far features have gone from a frozen network's.
 

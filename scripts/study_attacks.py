@@ -60,7 +60,7 @@ def embeddings(setup: Setup) -> list[torch.Tensor]:
         client = setup.client(p, 1)
         model = setup.build_model(client.family)
         client.train(model, epochs=setup.local.local_epochs)
-        rows.append(unit_rows(client.embed_public(model)))
+        rows.append(unit_rows(client.embed_public(model, "projector")))
     return rows
 
 

@@ -39,6 +39,7 @@ from fedssl.ensemble import Rule, Target, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.arrays import read_array, to_record
 from fedssl.federation.client import DOWNLINKS, Broadcast, Client
+from fedssl.federation.embedding import check_embedding
 from fedssl.federation.records import Upload, family_arrays, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights, mean_weights
@@ -57,6 +58,7 @@ class FLESDClient:
 
     local_epochs: int
     codec: Codec
+    embedding: str  # what similarities are made of: projector | backbone
     downlink: str  # what came down: weights | similarity | none; without weights the client keeps its model
     ensemble: Rule  # of the one similarity that comes down
     distillation: Distillation
@@ -86,7 +88,7 @@ class FLESDClient:
 
     def answer(self, client: Client, model: Model, metrics: dict[str, float]) -> Upload:
         """What the client sends: its similarities of the public set."""
-        embeddings = client.embed_public(model)  # (n, d)
+        embeddings = client.embed_public(model, self.embedding)  # (n, d)
         metrics = metrics | collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
         arrays = self.codec.encode(embeddings, client.generator("rotation"))
         if self.distillation.student_init == "fedavg_of_family":
@@ -105,6 +107,7 @@ class FLESD(Strategy):
     Args:
         server: what the framework knows: families, public set, views, device.
         codec: the wire format that the clients use.
+        embedding: what similarities are made of: "projector" or "backbone".
         ensemble: how similarities become one target.
         distillation: how students learn from it.
         downlink: what clients receive.
@@ -120,6 +123,7 @@ class FLESD(Strategy):
         *,
         server: Server,
         codec: Codec,
+        embedding: str,
         ensemble: Rule,
         distillation: Distillation,
         downlink: str,
@@ -127,7 +131,8 @@ class FLESD(Strategy):
         warn_effective_rank: float,
     ) -> None:
         n = len(server.public_set.images)
-        codec.check_size(n, server.projection_dim)
+        check_embedding(embedding)
+        codec.check_size(n, server.embedding_dims[embedding])
         check_cohort(ensemble, server.cohort_size or server.num_trainers)
         distillation.check_target(kernel=ensemble.kernel, num_anchors=num_anchors(codec, n), num_samples=n)
         if isinstance(codec, Sharpened) and (codec.temperature, codec.rule) != (
@@ -146,6 +151,7 @@ class FLESD(Strategy):
             )
         self.server = server
         self.codec = codec
+        self.embedding = embedding
         self.ensemble = ensemble
         self.distillation = distillation
         self.downlink = downlink
@@ -192,7 +198,7 @@ class FLESD(Strategy):
         """What the report family's student has learned, encoded like an upload."""
         student = self.server.load(self.arrays, self.server.report_family)
         rotation = generator(self.server.seed, "downlink rotation", self.round_num)
-        arrays = self.codec.encode(self.server.embed_public(student), rotation)
+        arrays = self.codec.encode(self.server.embed_public(student, self.embedding), rotation)
         return to_record(arrays)
 
     # --- gather ---

@@ -25,6 +25,7 @@ class PlaceboClient:
     """The client half: embed the public set with untrained weights."""
 
     codec: Codec
+    embedding: str
     distillation: Distillation
 
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
@@ -33,7 +34,7 @@ class PlaceboClient:
         images = client.public_set.images
         batch = images.take(np.arange(min(len(images), client.embed_batch_size))).to(client.device)
         calibrate_batch_norm(model, client.views.plain(batch))
-        embeddings = client.embed_public(model)  # (n, d)
+        embeddings = client.embed_public(model, self.embedding)  # (n, d)
         metrics = collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
         arrays = self.codec.encode(embeddings, client.generator("rotation"))
         if self.distillation.student_init == "fedavg_of_family":

@@ -191,7 +191,8 @@ def test_a_mapping_made_in_python_is_held_to_the_same(change: Mapping[str, Any],
 
 def test_no_configuration_at_all_is_named() -> None:
     with pytest.raises(
-        ConfigError, match=r"^the configuration has no seed, device, downlink, max_seconds, run_dir, views, data"
+        ConfigError,
+        match=r"^the configuration has no seed, device, downlink, embedding, max_seconds, run_dir, views, data",
     ):
         check_values({})
 

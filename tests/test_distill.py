@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedssl import ensemble
 from fedssl.anchors import Queue, filling_order, move_average
 from fedssl.data.images import ImageSet
 from fedssl.distill import CHOICES, Distillation, Distiller, distill
@@ -44,6 +45,8 @@ NUMBERS = Distillation(
     ema_decay=0.9,
     ema_buffers=True,
     loss="ce",
+    num_coordinates=3,
+    whitening=0.5,
     similarity_weight=1.0,
     contrastive_weight=0.0,
     contrastive_temperature=0.5,
@@ -143,6 +146,8 @@ def target_of(n: int, numbers: Distillation, num_anchors: int | None = None) -> 
     """The kind of target that these numbers learn from."""
     if numbers.loss == "cka":
         return MeanKernel(similarities=clients(n), num_samples=n, num_anchors=n)
+    if numbers.loss == "coordinates":
+        return EnsembleTarget(clients(n), ensemble.MeanKernel(), numbers.target_temperature)
     target = EnsembleTarget(clients(n), RowMean(), numbers.target_temperature)
     return target if num_anchors is None else PrefixTarget(inner=target, num_anchors=num_anchors)
 
@@ -540,6 +545,8 @@ class Counting(nn.Linear):
         {"contrastive_weight": 1.0},
         {"feature_weight": 1.0},
         {"loss": "cka", "contrastive_weight": 1.0, "feature_weight": 1.0},
+        {"loss": "coordinates"},
+        {"loss": "coordinates", "contrastive_weight": 1.0, "feature_weight": 1.0},
         {"warmup": "every_epoch", "queue_size": 3, "feature_weight": 1.0},
     ],
     ids=str,
@@ -551,7 +558,8 @@ def test_image_passes_are_the_images_that_went_through_a_network(n: int, changes
             numbers.image_passes(n)
         return
     metrics = run(Model(backbone, nn.Linear(4, 3)), target_of(n, numbers), image_set(n), numbers)
-    assert sum(backbone.batches) == metrics["image_passes"] == numbers.image_passes(n)
+    measured = int(numbers.loss == "coordinates")  # one empty image, for the width of the head
+    assert sum(backbone.batches) - measured == metrics["image_passes"] == numbers.image_passes(n)
     assert max(backbone.batches) <= max(2 * 3, 7)
 
 
@@ -756,6 +764,7 @@ def test_skipped_batches_move_the_anchors_but_not_the_student() -> None:
         (12, 4, 4, {}),
         (12, 4, 8, OPTIONS["all"] | {"queue_size": 8, "ema_buffers": False}),
         (10, 4, 9, OPTIONS["cka and both"]),
+        (10, 4, 9, {"loss": "coordinates"}),
     ],
 )
 def test_the_result_is_a_function_of_weights_target_images_and_seed(
@@ -779,6 +788,42 @@ def test_the_result_is_a_function_of_weights_target_images_and_seed(
         assert torch.equal(again, first[name]), name
     for other in (weights(1), weights(0, round_num=2)):
         assert any(not torch.equal(other[name], first[name]) for name in first)
+
+
+def test_coordinates_by_hand() -> None:
+    """One step of a linear student: the head's and the weights' gradients of mean_i 1 - cos(W A x_i + b, c_i)."""
+    n, images = 6, image_set(6, 8)
+    numbers = replace(NUMBERS, loss="coordinates", batch_size=n, queue_size=n, epochs=1)
+    with seeded_init(0, "test"):
+        student = Model(nn.Sequential(nn.Flatten(), nn.Linear(192, 4, bias=False)), nn.Linear(4, 3))
+        distiller = stepper(numbers, student, n, views=RecordingViews(noise=0.0))
+    head = distiller.head
+    assert isinstance(head, nn.Linear)
+    A, W, b = (value.detach().double() for value in (student.backbone[1].weight, head.weight, head.bias))
+    A.requires_grad_()
+    x = images.take(torch.arange(n)).flatten(1).double() / 255
+    kernel = torch.zeros(n, n, dtype=torch.float64)
+    for similarity in clients(n):
+        S = similarity.block(torch.arange(n), torch.arange(n)).double()
+        C = torch.eye(n, dtype=torch.float64) - 1 / n
+        kernel += C @ S @ C / torch.linalg.matrix_norm(C @ S @ C) / 2
+    values, vectors = torch.linalg.eigh(kernel)
+    exact = vectors[:, -3:].flip(1) * values[-3:].flip(0) ** 0.25
+    c = distiller.coordinates.double()
+    torch.testing.assert_close(c.abs(), exact.abs(), atol=1e-4, rtol=1e-3)  # signs are free
+    loss = torch.stack([1 - torch.cosine_similarity(W @ (A @ x[i]) + b, c[i], dim=0) for i in range(n)]).mean()
+    (gradient,) = torch.autograd.grad(loss, A)
+    stepped = distiller.step(torch.arange(n))
+    assert stepped["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+    expected = (A - SGD.lr * gradient).detach().float()
+    torch.testing.assert_close(student.backbone[1].weight.detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_clients_that_all_collapsed_have_nothing_to_teach() -> None:
+    numbers = replace(NUMBERS, loss="coordinates")
+    collapsed = FactorSimilarity(factors=torch.ones(6, 1))
+    with pytest.raises(FedSSLError, match="no client tells any two public images apart"):
+        run(linear_student(), EnsembleTarget([collapsed], ensemble.MeanKernel(), 0.1), image_set(6), numbers)
 
 
 def test_factors_and_matrix_teach_the_same() -> None:
@@ -838,13 +883,15 @@ def test_the_student_learns_similarities_that_its_pixels_do_not_show(optimisatio
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_coordinates": 0}, r"distill.num_coordinates must be at least 1, got 0"),
+        ({"whitening": 1.5}, r"distill.whitening must be between 0 and 1, got 1.5"),
         ({"epochs": 0}, r"distill.epochs must be at least 1, got 0"),
         ({"batch_size": 1}, r"distill.batch_size must be at least 2 .*, got 1"),
         ({"queue_size": 2}, r"distill.queue_size must be at least distill.batch_size=3, got 2"),
         ({"target_temperature": 0}, r"distill.target_temperature must be > 0, got 0"),
         ({"student_temperature": -1.0}, r"distill.student_temperature must be > 0, got -1.0"),
         ({"ema_decay": 1.5}, r"distill.ema_decay must be between 0 .* and 1 .*, got 1.5"),
-        ({"loss": "mse"}, r"distill.loss must be one of ce, kl, js, reverse_kl, cka, got 'mse'"),
+        ({"loss": "mse"}, r"distill.loss must be one of ce, kl, js, reverse_kl, cka, coordinates, got 'mse'"),
         ({"warmup": "never"}, r"distill.warmup must be one of once, every_epoch, got 'never'"),
         ({"student_init": "best"}, r"distill.student_init must be one of previous, scratch, .*, got 'best'"),
         ({"target_temperature_end": 0.0}, r"distill.target_temperature_end must be > 0, got 0"),

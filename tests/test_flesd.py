@@ -18,6 +18,7 @@ from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
 from fedssl.methods.info_nce import InfoNCE
 from fedssl.methods.simclr import SimCLR
+from fedssl.similarity import Similarity
 from strategies import flesd
 from strategies.flesd import FLESD
 from tests.federation_helpers import (
@@ -99,8 +100,8 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
         (["strategy=fedavg", "codec.dtype=fp99"], r"codec\.dtype must be one of"),
         (["strategy=fedavg", "distill.loss=mse"], r"distill\.loss must be one of"),
         (["strategy=public_only", "distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
-        (["ensemble=cka_kernel"], r"ensemble=cka_kernel and distill\.loss=cka belong together"),
-        (["distill.loss=cka"], r"ensemble=cka_kernel and distill\.loss=cka belong together"),
+        (["ensemble=cka_kernel"], r"ensemble=cka_kernel and distill\.loss=cka or coordinates belong together"),
+        (["distill.loss=cka"], r"ensemble=cka_kernel and distill\.loss=cka or coordinates belong together"),
         (["distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
         (["ensemble=krum"], r"ensemble=krum with num_byzantine=1 needs 5 clients"),
         (["codec=topk", "codec.k=0"], r"codec\.k must be at least 1"),
@@ -223,7 +224,7 @@ def test_what_comes_down_is_the_report_familys_student(tmp_path: Path) -> None:
     for other in sent[1:]:
         assert_same(sent[0], other)
     student = setup.server().load(learned, setup.report_family)
-    z = torch.nn.functional.normalize(setup.server().embed_public(student), dim=1)
+    z = torch.nn.functional.normalize(setup.server().embed_public(student, "projector"), dim=1)
     similarity = strategy.codec.decode(sent[0], 24).block(torch.arange(24), torch.arange(24))
     torch.testing.assert_close(similarity, z @ z.T, atol=2e-3, rtol=0)
 
@@ -238,6 +239,46 @@ def test_resume_with_models_that_clients_keep(
     assert_same(final_arrays(tmp_path / "run"), final_arrays(kept(downlink)))
     assert rows(tmp_path / "run") == rows(kept(downlink))
     assert without_clock(resumed) == without_clock(json.loads((kept(downlink) / "summary.json").read_text()))
+
+
+def test_similarities_of_the_backbone(tmp_path: Path) -> None:
+    """What is sent are cosines of standardised features, whatever their number; the projector's are others."""
+    overrides = ("strategy=flesd", "embedding=backbone", "codec.dtype=fp32")
+    setup, strategy, _, replies = first_round(small(None, *overrides), tmp_path)
+    assert isinstance(strategy, FLESD)
+    everything = torch.arange(24)
+    for partition, reply in enumerate(replies):
+        client = setup.client(partition, 1)
+        model = setup.build_model(client.family)
+        client.train(model, epochs=setup.local.local_epochs)
+        with torch.no_grad():
+            features = model.backbone(setup.views.plain(setup.public_set.images.take(everything)))
+        features = (features - features.mean(dim=0)) / features.std(dim=0, correction=0).clamp_min(1e-12)
+        features[:, features.isnan().any(dim=0)] = 0
+        z = torch.nn.functional.normalize(features, dim=1)
+        _, sent = strategy.check(reply)
+        assert isinstance(sent, Similarity)
+        torch.testing.assert_close(sent.block(everything, everything), z @ z.T, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("downlink", ["weights", "similarity"])
+def test_students_learn_the_coordinates_of_the_ensemble(downlink: str, tmp_path: Path) -> None:
+    """Two rounds; a run of the same seed with the paper's loss ends elsewhere; the projector is left alone."""
+    coordinates = ("ensemble=cka_kernel", "distill.loss=coordinates", "embedding=backbone")
+    config = small(tmp_path / "a", "strategy=flesd", f"downlink={downlink}", "federation.num_rounds=2", *coordinates)
+    summary = simulation.run(config)
+    assert summary["status"] == "completed"
+    losses = [row["metrics"]["conv4_4/loss"] for row in rows(tmp_path / "a", "server")]
+    assert all(0 < loss < 2 for loss in losses)
+    initial = numpy_of(Setup(config).server().initial_arrays())
+    for name, final in final_arrays(tmp_path / "a").items():
+        assert np.array_equal(final, initial[name]) == ("/projector." in name), name
+
+
+@pytest.mark.parametrize("strategy", ["flesd", "placebo", "public_only", "fedavg"])
+def test_an_unknown_embedding(strategy: str) -> None:
+    with pytest.raises(ConfigError, match=r"embedding must be one of projector, backbone, got 'head'"):
+        Setup(small(None, f"strategy={strategy}", "embedding=head")).check()
 
 
 @pytest.mark.parametrize("strategy", ["flesd", "placebo", "public_only", "fedavg"])

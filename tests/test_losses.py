@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedssl.losses import (
     cka_loss,
+    cosine_distance,
     cross_entropy,
     entropy,
     feature_distance,
@@ -245,6 +246,16 @@ def test_autocast_does_not_reach_the_kernel() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = cka_loss(z, y.double().mm(y.double().T).float())
     torch.testing.assert_close(inside, cka_loss(z, y.double().mm(y.double().T).float()), rtol=0, atol=0)
+
+
+def test_cosine_distance_by_hand() -> None:
+    predicted = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [1.0, 2.0]], requires_grad=True)
+    coordinates = torch.tensor([[5.0, 0.0], [0.0, -1.0], [1.0, 0.0], [0.0, 0.0]])
+    loss = cosine_distance(predicted, coordinates)
+    assert loss.item() == pytest.approx((0 + 2 + (1 - 0.5**0.5) + 1) / 4, abs=1e-6)
+    loss.backward()
+    assert predicted.grad is not None
+    assert predicted.grad[3].tolist() == [0, 0]  # no coordinates, nothing to learn
 
 
 def test_feature_distance_by_hand() -> None:

@@ -205,7 +205,7 @@ class AttentionMean:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanKernel:
-    """`ensemble=cka_kernel`: the mean of the clients' kernels, for `distill.loss=cka`.
+    """`ensemble=cka_kernel`: the mean of the clients' kernels, for `distill.loss=cka|coordinates`.
 
     Kbar = mean_k C S_k C / |C S_k C|_F on the images of a batch, C = I - 11'/b. Hetero-SSFL (arXiv 2205.12493) and
     FedHeNN (arXiv 2202.00757) send the mean kernel; centred and of norm 1 every client counts alike, as CKA itself sees
@@ -229,7 +229,7 @@ class MeanKernel:
         if b != k:
             raise ConfigError(
                 f"ensemble=cka_kernel compares a batch with itself, and {b} images were held against {k} anchors: set "
-                f"distill.loss=cka, or choose an ensemble whose rows sum to 1."
+                f"distill.loss=cka or coordinates, or choose an ensemble whose rows sum to 1."
             )
         rows = block.cosines - block.cosines.mean(dim=1, keepdim=True)
         return unit_or_zero(rows - rows.mean(dim=0, keepdim=True), dim=(0, 1))

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fedssl.ensemble.base import Block, Rule, Summable, check_temperature, normalised
+from fedssl.ensemble.coordinates import principal_coordinates
 from fedssl.errors import ConfigError
 from fedssl.similarity import AnchorMass, Similarity
 
@@ -84,6 +85,13 @@ class EnsembleTarget:
             for client, similarity in enumerate(self.similarities)
         )
         return self.rule(blocks, self.temperature)
+
+    def coordinates(
+        self, num_coordinates: int, generator: torch.Generator, *, whitening: float
+    ) -> Float[Tensor, "n c"]:
+        """`principal_coordinates` of the kernel over the whole public set; `rule.kernel` only."""
+        assert self.rule.kernel
+        return principal_coordinates(self.similarities, num_coordinates, generator, whitening=whitening)
 
     def at(self, temperature: float) -> "EnsembleTarget":
         """See `Target`."""

@@ -17,7 +17,8 @@ from fedssl.data.views import Views
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Target
 from fedssl.errors import ConfigError
-from fedssl.evaluate import Evaluator, extract_features
+from fedssl.evaluate import Evaluator
+from fedssl.federation.embedding import embed
 from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
 from fedssl.methods import Method
 from fedssl.models import Model
@@ -142,13 +143,11 @@ class Client:
                 amp=self.local.amp and self.device.type == "cuda",
             )
 
-    def embed_public(self, model: Model) -> Float[Tensor, "n d"]:
-        """Projections of the public set: eval mode, no augmentation, its fixed order; not normalised, on the CPU.
-
-        arXiv 2109.14611 compares similarities of the projector's outputs; so do we.
-        """
+    def embed_public(self, model: Model, embedding: str) -> Float[Tensor, "n d"]:
+        """What `model` makes of the public set, see `fedssl.federation.embedding.embed`."""
         with self.doing("embedding the public set"):
-            return extract_features(model, self.public_set.images, self.views, self.embed_batch_size, self.device)
+            images = self.public_set.images
+            return embed(model, embedding, images, self.views, batch_size=self.embed_batch_size, device=self.device)
 
     def distill(self, model: Model, target: Target, distillation: Distillation) -> dict[str, float]:
         """The server's step with the roles swapped: `model` learns a target that came down; `distill`'s metrics."""

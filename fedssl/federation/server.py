@@ -1,7 +1,7 @@
 """What the framework hands a strategy's server half, and the few steps every server half shares."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,8 +15,8 @@ from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
 from fedssl.errors import PayloadError
-from fedssl.evaluate import extract_features
 from fedssl.federation.client import LocalTraining
+from fedssl.federation.embedding import embed
 from fedssl.federation.records import Header, Upload, family_arrays, family_state, load_state, model_state, to_arrays
 from fedssl.federation.roster import Member, ask_roster
 from fedssl.methods import Method
@@ -38,7 +38,7 @@ class Server:
         num_trainers: clients that train at all.
         build_model: family -> the run's initial model of that family, the same at every call.
         private_union: the private images of all training clients (simulation only, for `centralized`).
-        projection_dim: d, the width of the projections that similarities are made of.
+        embedding_dims: d by embedding (`fedssl.federation.embedding`), the largest of all families.
     """
 
     seed: int
@@ -54,7 +54,7 @@ class Server:
     local: LocalTraining
     build_model: Callable[[str], Model]
     private_union: Callable[[], ImageSet]
-    projection_dim: int
+    embedding_dims: Mapping[str, int]
     embed_batch_size: int
     device: torch.device
 
@@ -125,9 +125,10 @@ class Server:
                 f"({self.public_set.fingerprint[:12]}): same images, order and transform are needed (public=)"
             )
 
-    def embed_public(self, model: Model) -> Float[Tensor, "n d"]:
-        """As `Client.embed_public`: projections of the public set, as they are, on the CPU."""
-        return extract_features(model, self.public_set.images, self.views, self.embed_batch_size, self.device)
+    def embed_public(self, model: Model, embedding: str) -> Float[Tensor, "n d"]:
+        """As `Client.embed_public`."""
+        images = self.public_set.images
+        return embed(model, embedding, images, self.views, batch_size=self.embed_batch_size, device=self.device)
 
     def train(
         self, model: Model, images: ImageSet, *, steps: int, batch_size: int, purpose: str, round_num: int

@@ -19,6 +19,7 @@ from fedssl.data.views import Views
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Evaluation, Evaluator
 from fedssl.federation.client import DOWNLINKS, Client, LocalTraining
+from fedssl.federation.embedding import check_embedding
 from fedssl.federation.server import Server
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim, num_parameters
@@ -266,9 +267,14 @@ class Setup:
         return Model(backbone, instantiate(self.config["projector"], in_dim=width))
 
     @cached_property
-    def projection_dim(self) -> int:
-        """d, the width of what a client embeds the public set with."""
-        return feature_dim(self.build_model(self.report_family), int(self.config["data"]["image_size"]))
+    def embedding_dims(self) -> dict[str, int]:
+        """The largest width of what a client embeds the public set with, by embedding."""
+        models = [self.build_model(family) for family in self.families]
+        size = int(self.config["data"]["image_size"])
+        return {
+            "projector": max(feature_dim(model, size) for model in models),
+            "backbone": max(feature_dim(model.backbone, size) for model in models),
+        }
 
     # --- the two sides ---
     def client(self, partition_id: int, round_num: int) -> Client:
@@ -308,7 +314,7 @@ class Setup:
             local=self.local,
             build_model=self.build_model,
             private_union=self.private_union,
-            projection_dim=self.projection_dim,
+            embedding_dims=self.embedding_dims,
             embed_batch_size=self.evaluation.batch_size,
             device=self.device,
         )
@@ -328,6 +334,7 @@ class Setup:
             )
         if self.config["downlink"] not in DOWNLINKS:
             raise ConfigError(f"downlink must be one of {', '.join(DOWNLINKS)}, got {self.config['downlink']!r}")
+        check_embedding(self.config["embedding"])
         for group in ("codec", "ensemble", "distill"):  # also where the strategy reads none of them
             instantiate(self.config[group])
         federation = self.federation
