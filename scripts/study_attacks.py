@@ -237,7 +237,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of attacks.csv")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rules", nargs="+", default=None, help="names of conf/ensemble; default: all but kernels")
-    parser.add_argument("--epochs", type=int, default=10, help="of distillation; the run's default is 20")
+    parser.add_argument("--epochs", type=int, default=10, help="of distillation; the run's default is 14")
     parser.add_argument("--table", action="store_true", help="write benchmarks/attacks.md from the file, run nothing")
     args = parser.parse_args()
     if args.table:
