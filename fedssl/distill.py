@@ -30,8 +30,8 @@ but for an older key of it that may still be in the queue.
 nor queue exist, and queue_size, ema_decay, ema_buffers and both temperatures are not read.
 
 `loss: coordinates`, ours, has no anchors either. The clients' mean kernel over the whole public set is turned into one
-point per image (`fedssl.ensemble.principal_coordinates`), once a round, and a linear head on the student's features
-learns them from one view: loss = mean_i 1 - cos(W h_i + b, c_i). The head is thrown away after the round. The
+point per image (`fedssl.ensemble.principal_coordinates`) before the first step, and a linear head on the student's
+features learns them from one view: loss = mean_i 1 - cos(W h_i + b, c_i). The head is thrown away after the round. The
 projector learns nothing, but from NT-Xent where that has a weight.
 
 Two terms may be added: an NT-Xent loss between two views of the batch (the authors' code had an InfoNCE for a while,
@@ -108,7 +108,7 @@ class Distillation:
     ema_decay: float  # of the target encoder, per step: 0 copies the student, 1 stays at its start
     ema_buffers: bool  # average batch norm's buffers too; False: they see the target encoder's own batches
     loss: str  # between target p and student q: "ce", "kl", "js", "reverse_kl"; to a kernel: "cka", "coordinates"
-    num_coordinates: int  # per public image, >= 1; read by "coordinates" only
+    num_coordinates: int  # per public image, >= 2; read by "coordinates" only
     whitening: float  # of them, 0 (none) .. 1 (all directions alike); read by "coordinates" only
     similarity_weight: float  # of that loss, >= 0
     contrastive_weight: float  # of NT-Xent on the public batch, >= 0; 0 does not compute it
@@ -147,8 +147,11 @@ class Distillation:
                 "distill.similarity_weight and distill.contrastive_weight are both 0, which leaves nothing to learn: "
                 "raise one."
             )
-        if self.num_coordinates < 1:
-            raise ConfigError(f"distill.num_coordinates must be at least 1, got {self.num_coordinates}.")
+        if self.num_coordinates < 2:
+            raise ConfigError(
+                f"distill.num_coordinates must be at least 2, got {self.num_coordinates}: "
+                f"the cosine of two numbers has no gradient."
+            )
         if not 0 <= self.whitening <= 1:
             raise ConfigError(f"distill.whitening must be between 0 and 1, got {self.whitening}.")
         if self.loss in KERNEL_LOSSES and (self.warmup != "once" or not self.own_key):
@@ -383,9 +386,10 @@ class Distiller:
             self.distillation.num_coordinates, rng, whitening=self.distillation.whitening
         )
         num_coordinates = coordinates.shape[1]
-        if not num_coordinates:
+        if num_coordinates < 2:
             raise FedSSLError(
-                "no client tells any two public images apart, so there is nothing to distil: all have collapsed. "
+                "the clients tell public images apart in fewer than two directions, so there is nothing to distil: "
+                "all have collapsed. "
                 "Lower client.optimisation.lr."
             )
         width = feature_dim(self.student.backbone, self.pixels.shape[-1])

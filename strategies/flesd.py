@@ -62,6 +62,7 @@ class FLESDClient:
     downlink: str  # what came down: weights | similarity | none; without weights the client keeps its model
     ensemble: Rule  # of the one similarity that comes down
     distillation: Distillation
+    probe: bool  # also send the linear accuracy of its model (simulation only)
 
     def __post_init__(self) -> None:
         if self.downlink not in DOWNLINKS:
@@ -70,6 +71,8 @@ class FLESDClient:
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client."""
         model, metrics = self.trained(client, broadcast)
+        if self.probe:
+            metrics["linear_top1"] = client.evaluate(model)["linear_top1"]
         return self.answer(client, model, metrics)
 
     def trained(self, client: Client, broadcast: Broadcast) -> tuple[Model, dict[str, float]]:
@@ -111,6 +114,7 @@ class FLESD(Strategy):
         ensemble: how similarities become one target.
         distillation: how students learn from it.
         downlink: what clients receive.
+        teachers: "all", or "best": of the uploads with `linear_top1` the highest alone (strategy=best_client).
         warn_mean_cosine: a client whose public embeddings have a larger mean cosine is named as collapsed.
         warn_effective_rank: so is one whose similarity matrix has a smaller effective rank.
 
@@ -127,6 +131,7 @@ class FLESD(Strategy):
         ensemble: Rule,
         distillation: Distillation,
         downlink: str,
+        teachers: str,
         warn_mean_cosine: float,
         warn_effective_rank: float,
     ) -> None:
@@ -149,12 +154,30 @@ class FLESD(Strategy):
                 "codec=sharpened: the clients sharpen at distill.target_temperature, which the server cannot change "
                 "afterwards: set distill.target_temperature_end to null, or choose another codec."
             )
+        if (downlink, distillation.loss, embedding, distillation.contrastive_weight) == (
+            "similarity",
+            "coordinates",
+            "projector",
+            0,
+        ):
+            raise ConfigError(
+                "distill.loss=coordinates teaches the student's backbone, so under downlink=similarity its projector "
+                "would have nothing to say: set embedding=backbone, or a distill.contrastive_weight above 0."
+            )
+        if teachers not in ("all", "best"):
+            raise ConfigError(f"teachers must be all or best, got {teachers!r}")
+        if teachers == "best" and distillation.student_init == "fedavg_of_family":
+            raise ConfigError(
+                "distill.student_init=fedavg_of_family is a mean over clients, and strategy=best_client has one: "
+                "choose another student_init."
+            )
         self.server = server
         self.codec = codec
         self.embedding = embedding
         self.ensemble = ensemble
         self.distillation = distillation
         self.downlink = downlink
+        self.teachers = teachers
         self.warn_mean_cosine = warn_mean_cosine
         self.warn_effective_rank = warn_effective_rank
         self.decoded: WeakKeyDictionary[Message, Received] = WeakKeyDictionary()
@@ -210,6 +233,8 @@ class FLESD(Strategy):
             if upload.header.partition_id not in self.num_images:
                 raise PayloadError(f"partition {upload.header.partition_id} was not asked in this round")
             _ = upload.num_images  # refused unless it can be a weight
+            if self.teachers == "best" and not 0 <= (accuracy := upload.metrics.get("linear_top1", math.nan)) <= 1:
+                raise PayloadError(f"it declares linear_top1={accuracy}, by which the best client is chosen")
             payload, family = upload.arrays, upload.header.family
             if self.distillation.student_init == "fedavg_of_family":
                 weights = family_weights(upload)
@@ -220,19 +245,17 @@ class FLESD(Strategy):
         return self.decoded[reply]
 
     # --- ensemble and distil ---
-    def choose(self, received: list[Received]) -> list[Received]:
-        """The uploads that make the ensemble: all; `strategies/best_client.py` takes one."""
-        return received
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Ensemble the similarities and distil them into every family's student."""
-        received = self.choose(read_uploads(replies, self.check))
-        if not received:
-            return self.arrays, None
+        received = read_uploads(replies, self.check)
         for upload, content in received:
             self._warn_if_collapsed(upload, content)
+        if not received:
+            return self.arrays, None
+        if self.teachers == "best":
+            received = [max(received, key=lambda pair: pair[0].metrics["linear_top1"])]
         device = self.server.device
         target = make_target(
             [content.to(device) for _, content in received],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedssl.codecs import TopK
 from fedssl.ensemble import coordinates, principal_coordinates
 from fedssl.ensemble.base import Block
 from fedssl.ensemble.means import MeanKernel
@@ -72,7 +73,8 @@ def test_a_rotation_of_a_client_changes_nothing_but_signs() -> None:
 
 
 def test_a_collapsed_client_takes_nothing_away() -> None:
-    collapsed = FactorSimilarity(factors=torch.ones(N, 1))
+    row = torch.randn(1, 128, generator=rng())  # its inner products with itself are rounded
+    collapsed = FactorSimilarity(factors=unit_rows(row.expand(N, -1)))
     with_it = principal_coordinates([*clients(), collapsed], 5, rng())
     without = principal_coordinates(clients(), 5, rng())
     torch.testing.assert_close(with_it.abs() * (4 / 3) ** 0.5, without.abs(), atol=1e-4, rtol=0)
@@ -94,6 +96,48 @@ def test_a_kernel_with_negative_eigenvalues_keeps_the_positive_ones() -> None:
     points = principal_coordinates([flipped], N, rng())
     assert points.isfinite().all()
     assert 0 < points.shape[1] < N
+
+
+@pytest.mark.parametrize("contrast", [1e-3, 3e-2])
+def test_a_nearly_collapsed_client_weighs_what_the_rule_says(contrast: float) -> None:
+    g = rng()
+    near = unit_rows(torch.randn(1, 64, generator=g) + contrast * torch.randn(N, 64, generator=g))
+    for similarity in (FactorSimilarity(factors=near), DenseSimilarity(matrix=cosine_similarity(near))):
+        S = (
+            (near.double() @ near.double().T)
+            if isinstance(similarity, FactorSimilarity)
+            else similarity.matrix.double()
+        )
+        C = torch.eye(N, dtype=torch.float64) - 1 / N
+        exact = torch.linalg.matrix_norm(C @ S @ C).item()
+        assert coordinates._centred_norm(similarity) == pytest.approx(exact, rel=1e-3)
+
+
+def test_directions_below_zero_take_no_place() -> None:
+    """As many coordinates as asked for, although the largest eigenvalues in absolute value are negative."""
+    n = 120
+    z = unit_rows(torch.randn(n, 20, generator=rng()))
+    flipped = DenseSimilarity(matrix=(-cosine_similarity(z)).fill_diagonal_(1))
+    points = principal_coordinates([flipped], 10, rng())
+    assert points.shape == (n, 10)
+    C = torch.eye(n, dtype=torch.float64) - 1 / n
+    kernel = C @ flipped.matrix.double() @ C
+    largest = torch.linalg.eigvalsh(kernel / torch.linalg.matrix_norm(kernel))[-10:].flip(0)
+    torch.testing.assert_close(points.square().sum(dim=0).double(), largest, atol=0, rtol=0.05)
+
+
+def test_sparse_rows_are_made_symmetric() -> None:
+    codec = TopK(k=6, percent=None, floor=0.0, dtype="fp32", max_bytes=10**6)
+    z = clients()[2]
+    assert isinstance(z, FactorSimilarity)
+    sparse = codec.decode(codec.encode(z.factors, rng()), N)
+    S = sparse.block(torch.arange(N), torch.arange(N)).double()
+    assert (S - S.T).abs().max() > 0.1
+    C = torch.eye(N, dtype=torch.float64) - 1 / N
+    kernel = C @ ((S + S.T) / 2) @ C
+    largest = torch.linalg.eigvalsh(kernel / torch.linalg.matrix_norm(kernel))[-3:].flip(0)
+    points = principal_coordinates([sparse], 3, rng())
+    torch.testing.assert_close(points.square().sum(dim=0).double(), largest, atol=1e-3, rtol=0.01)
 
 
 def test_two_images() -> None:

@@ -92,6 +92,10 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
             r"only 8 of 24 public images",
         ),
         (
+            ["downlink=similarity", "ensemble=cka_kernel", "distill.loss=coordinates"],
+            r"its projector would have nothing to say: set embedding=backbone",
+        ),
+        (
             ["codec=sharpened", "distill.epochs=2", "distill.target_temperature_end=0.2"],
             r"codec=sharpened: the clients sharpen at distill\.target_temperature",
         ),

@@ -115,8 +115,8 @@ def check_directions(embeddings: Float[Tensor, "n d"]) -> None:
     if bad.any():
         raise PayloadError(
             f"{int(bad.sum())} of {len(bad)} embeddings of the public set have no direction (NaN, infinite or all "
-            f"zero), the first is that of image {int(bad.nonzero()[0])}: the local training diverged or its projector "
-            f"died. Lower client.optimisation.lr."
+            f"zero), the first is that of image {int(bad.nonzero()[0])}: the local training diverged or the network "
+            f"collapsed. Lower client.optimisation.lr."
         )
 
 

@@ -38,7 +38,7 @@ class Server:
         num_trainers: clients that train at all.
         build_model: family -> the run's initial model of that family, the same at every call.
         private_union: the private images of all training clients (simulation only, for `centralized`).
-        embedding_dims: d by embedding (`fedssl.federation.embedding`), the largest of all families.
+        embedding_dims: d by embedding (`fedssl.federation.embedding`), the largest that is sent.
     """
 
     seed: int

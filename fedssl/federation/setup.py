@@ -268,8 +268,8 @@ class Setup:
 
     @cached_property
     def embedding_dims(self) -> dict[str, int]:
-        """The largest width of what a client embeds the public set with, by embedding."""
-        models = [self.build_model(family) for family in self.families]
+        """The largest width of what is sent, by embedding: the clients' and, coming down, the report family's."""
+        models = [self.build_model(family) for family in dict.fromkeys((*self.client_families, self.report_family))]
         size = int(self.config["data"]["image_size"])
         return {
             "projector": max(feature_dim(model, size) for model in models),
