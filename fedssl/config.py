@@ -140,7 +140,11 @@ def _method(name: Any, search_path: Sequence[str]) -> Any:
         raise ConfigError(
             f"client.methods must be a list of names of conf/method, e.g. [simclr,info_nce], or null, got {name!r}."
         )
-    return OmegaConf.to_container(hydra.compose(CONFIG_NAME, [f"method={name}", *search_path]).method, resolve=True)
+    try:
+        config = hydra.compose(CONFIG_NAME, [f"method={name}", *search_path])
+    except MissingConfigException as error:
+        raise ConfigError(f"client.methods: {message_of(error)}") from None
+    return OmegaConf.to_container(config.method, resolve=True)
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:

@@ -357,11 +357,7 @@ class Distiller:
         if distillation.own_key:
             self._advance_anchors(rows, views[-1])
         h, z = self._embed(self.student, torch.cat(views) if contrastive else views[0])  # one pass, one batch norm
-        if self.head is not None:
-            similarity = cosine_distance(self.head(h), self.coordinates[rows].repeat(len(h) // b, 1))
-            measures: dict[str, Float[Tensor, ""]] = {}
-        else:
-            similarity, measures = self._similarity_loss(z[:b], rows)
+        similarity, measures = self._similarity_loss(h, z, rows)
         loss = distillation.similarity_weight * similarity
         if contrastive:
             measures["contrastive_loss"] = nt_xent(z[:b], z[b:], distillation.contrastive_temperature)
@@ -396,9 +392,15 @@ class Distiller:
         return coordinates, nn.Linear(width, num_coordinates).to(self.device)
 
     def _similarity_loss(
-        self, z: Float[Tensor, "b d"], rows: Int64[Tensor, " b"]
+        self, h: Float[Tensor, "v f"], z: Float[Tensor, "v d"], rows: Int64[Tensor, " b"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """What a batch's embeddings lack of the target, and what is known about it on the way."""
+        """What a batch lacks of the target, and what is known about it on the way.
+
+        Points are learned from all views there are, kernels and anchors from the first view of each image.
+        """
+        if self.head is not None:
+            return cosine_distance(self.head(h), self.coordinates[rows].repeat(len(h) // len(rows), 1)), {}
+        z = z[: len(rows)]
         if self.target.kernel:
             return cka_loss(z, self.target(rows, rows)), {}
         p = self.target(rows, self.queue.indices)

@@ -45,7 +45,7 @@ from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights, mean_weights
 from fedssl.models import Model
 from fedssl.seeding import derive_seed, generator
-from fedssl.similarity import AnchorMass, FactorSimilarity, Similarity, collapse_measures, unit_rows
+from fedssl.similarity import AnchorMass, Similarity, collapse_measures
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,6 @@ class FLESDClient:
 
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client."""
-        model, metrics = self.trained(client, broadcast)
-        if self.probe:
-            metrics["linear_top1"] = client.evaluate(model)["linear_top1"]
-        return self.answer(client, model, metrics)
-
-    def trained(self, client: Client, broadcast: Broadcast) -> tuple[Model, dict[str, float]]:
-        """The client's model after this round, and how that went."""
         learned: dict[str, float] = {}
         if self.downlink == "weights":
             model = client.load(broadcast)
@@ -87,13 +80,10 @@ class FLESDClient:
         metrics = client.train(model, epochs=self.local_epochs)
         if self.downlink != "weights":
             client.remember(model, client.family)
-        return model, metrics | {f"distill_{name}": value for name, value in learned.items()}
-
-    def answer(self, client: Client, model: Model, metrics: dict[str, float]) -> Upload:
-        """What the client sends: its similarities of the public set."""
-        embeddings = client.embed_public(model, self.embedding)  # (n, d)
-        metrics = metrics | collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
-        arrays = self.codec.encode(embeddings, client.generator("rotation"))
+        arrays, measures = client.similarities(model, embedding=self.embedding, codec=self.codec)
+        metrics |= measures | {f"distill_{name}": value for name, value in learned.items()}
+        if self.probe:
+            metrics["linear_top1"] = client.evaluate(model)["linear_top1"]
         if self.distillation.student_init == "fedavg_of_family":
             arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)

@@ -17,7 +17,6 @@ from fedssl.distill import Distillation
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload
 from fedssl.models import calibrate_batch_norm
-from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +33,7 @@ class PlaceboClient:
         images = client.public_set.images
         batch = images.take(np.arange(min(len(images), client.embed_batch_size))).to(client.device)
         calibrate_batch_norm(model, client.views.plain(batch))
-        embeddings = client.embed_public(model, self.embedding)  # (n, d)
-        metrics = collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
-        arrays = self.codec.encode(embeddings, client.generator("rotation"))
+        arrays, metrics = client.similarities(model, embedding=self.embedding, codec=self.codec)
         if self.distillation.student_init == "fedavg_of_family":
             arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)

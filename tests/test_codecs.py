@@ -203,6 +203,15 @@ def test_factor_sends_unit_rows_whose_gram_matrix_is_what_dense_sends() -> None:
     np.testing.assert_allclose(factors @ factors.T, matrix, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", 1e-6), ("fp16", 5e-4), ("int8", 1e-2)])
+def test_cosines_of_factors_are_usually_off_by_far_less_than_the_certain_bound(dtype: str, expected: float) -> None:
+    centres = torch.randn(10, 128, generator=generator(1))
+    z = centres.repeat(100, 1) + 0.3 * torch.randn(1000, 128, generator=generator(2))  # cosines from -0.3 to 0.95
+    codec = Factor(dtype=dtype, max_bytes=MB)
+    sent = everything(codec, codec.encode(z, generator(3)), 1000)
+    assert (sent - exact(z)).abs().max() <= expected
+
+
 def test_the_rotation_hides_the_axes_and_comes_from_the_generator() -> None:
     codec = Factor(dtype="fp32", max_bytes=MB)
     a, b, c = (codec.encode(embeddings(), generator(seed))["factors"] for seed in (0, 0, 1))
@@ -278,6 +287,8 @@ def test_what_would_not_fit_is_refused_with_the_size_and_an_alternative() -> Non
         dense.check_size(50_000, 2048)
     with pytest.raises(ConfigError, match=r"codec.max_bytes allows 100 bytes: lower public.size or raise"):
         Factor(dtype="fp16", max_bytes=100).check_size(100, 4)
+    with pytest.raises(ConfigError, match=r"allows 1\.0 MB: lower public.size or raise"):  # 12.8 MB is too much, too
+        Dense(dtype="fp32", max_bytes=MB).check_size(50_000, 128)
 
 
 @each_codec

@@ -379,7 +379,7 @@ def test_a_method_for_each_client(tmp_path: Path) -> None:
 
 
 def test_an_unknown_method_of_a_client() -> None:
-    with pytest.raises(ConfigError, match=r"method=simlcr: there is no such choice"):
+    with pytest.raises(ConfigError, match=r"client\.methods: method=simlcr: there is no such choice"):
         small(None, "client.methods=[simlcr]")
 
 

@@ -96,7 +96,7 @@ def check_size(codec: Codec, max_bytes: int, n: int, d: int) -> None:
     }
     smallest = min(others, key=lambda name: others[name])
     advice = "lower public.size or raise codec.max_bytes"
-    if others[smallest] < size:
+    if others[smallest] <= max_bytes:
         advice = f"{smallest} needs {_size(others[smallest])}. Or {advice}"
     raise ConfigError(
         f"codec={codec.name} needs {_size(size)} an upload for {n:,} public images with {d} dimensions; "

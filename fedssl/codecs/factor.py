@@ -35,6 +35,10 @@ class Factor:
     max|z| is c/sqrt(d) with c about 3 in a typical row and 6.6 in the worst row of a billion entries, where
     e = c / (127 sqrt(12)) is 0.015, whatever d. Hence 0.03 on S. The rotation decides, so it is no certainty but a
     promise: `encode` measures e, and draws another rotation where two rows could break it.
+
+    These bounds are for two errors that point along each other's row, which no pair is known to have. An error does not
+    know the other row, so z_i . (z'_j - z_j) is about e / sqrt(d): of a million pairs with d = 128 the worst is off by
+    5e-4 in fp16 and by 1e-2 in int8 at most.
     """
 
     dtype: str  # fp32 | fp16 | int8

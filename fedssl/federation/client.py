@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 from jaxtyping import Float
 from torch import Tensor
 
+from fedssl.codecs import Codec
 from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
@@ -23,6 +24,7 @@ from fedssl.federation.records import Header, Upload, family_state, load_state, 
 from fedssl.methods import Method
 from fedssl.models import Model
 from fedssl.seeding import derive_seed, generator
+from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 from fedssl.train import Optimisation, train
 
 DOWNLINKS = ("weights", "similarity", "none")  # what clients receive
@@ -148,6 +150,14 @@ class Client:
         with self.doing("embedding the public set"):
             images = self.public_set.images
             return embed(model, embedding, images, self.views, batch_size=self.embed_batch_size, device=self.device)
+
+    def similarities(
+        self, model: Model, *, embedding: str, codec: Codec
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """How alike `model` finds the public images, in the codec's arrays, and the `collapse_measures` of that."""
+        embeddings = self.embed_public(model, embedding)
+        measures = collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
+        return codec.encode(embeddings, self.generator("rotation")), measures
 
     def distill(self, model: Model, target: Target, distillation: Distillation) -> dict[str, float]:
         """The server's step with the roles swapped: `model` learns a target that came down; `distill`'s metrics."""
