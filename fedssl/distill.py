@@ -116,6 +116,7 @@ class Distillation:
     feature_weight: float  # of the squared distance to the reference's features, >= 0; 0 does not compute it
     student_init: str  # where a round's student starts; the strategy's part
     init_epochs: int  # passes over the public set of "public_only" pre-training, >= 1; others do not read it
+    views: Views | None  # what the student sees of the public set; None: the run's views
     optimisation: Optimisation
 
     def __post_init__(self) -> None:
@@ -315,7 +316,7 @@ class Distiller:
             round_num=round_num,
             num_rounds=num_rounds,
         )
-        self.views = views
+        self.views = distillation.views or views
         self.order_rng = generator(seed, "distillation order", round_num)
         self.views_rng = generator(seed, "distillation views", round_num, device=device)
         if distillation.feature_weight > 0:
@@ -467,7 +468,7 @@ def distill(
         target: the clients' ensemble on the same images in the same order, at the first epoch's target temperature.
         images: the public set; labels are not looked at.
         distillation: the numbers.
-        views: the random augmentation.
+        views: the random augmentation, unless `distillation.views` has another.
         seed: order, augmentation and dropout all derive from it and `round_num`.
         round_num: 1 .. num_rounds, for the schedule.
         num_rounds: rounds of the run, for the schedule.

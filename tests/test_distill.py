@@ -53,6 +53,7 @@ NUMBERS = Distillation(
     feature_weight=0.0,
     student_init="previous",
     init_epochs=2,
+    views=None,
     optimisation=SGD,
 )
 
@@ -676,6 +677,14 @@ def test_batch_norm_of_the_target_encoder_is_averaged_or_sees_its_own_batches(em
     assert all(counter == (1 if ema_buffers else 3) for counter in counters)
 
 
+def test_the_student_may_see_other_views_than_clients_do() -> None:
+    """distill.views replaces the run's, in the queue as well."""
+    runs, own = RecordingViews(), RecordingViews()
+    stepper(replace(NUMBERS, views=own), conv_student(), views=runs).step(torch.arange(4))
+    assert own.calls
+    assert not runs.calls
+
+
 def test_both_views_go_through_the_student_in_one_pass() -> None:
     """So batch norm sees them together: the contrastive loss is that of the concatenated batch."""
     student, views = conv_student(), RecordingViews()
@@ -968,6 +977,7 @@ def test_a_loss_that_diverges_names_its_step() -> None:
 def test_the_yaml_lists_every_field() -> None:
     config = yaml.safe_load((Path(__file__).parents[1] / "conf/distill/default.yaml").read_text())
     assert config.pop("_target_") == "fedssl.distill.Distillation"
+    assert config.pop("defaults") == ["_self_", {"/views@views": None}]
     optimisation = config.pop("optimisation")
     assert optimisation.pop("_target_") == "fedssl.train.Optimisation"
     distillation = Distillation(**config, optimisation=Optimisation(**optimisation))

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import fedssl.data.views as views_package
-from fedssl.data.views import ColourDraw, ColourViews, GeometricDraw, GeometricViews, Views
+from fedssl.data.views import ColourDraw, ColourViews, GeometricDraw, GeometricViews, ShiftDraw, ShiftViews, Views
 from fedssl.data.views.blur import gaussian_blur
 from fedssl.data.views.jitter import CONTRAST, HUE, linear_jitter, shift_hue
 from fedssl.errors import ConfigError
@@ -427,6 +427,44 @@ def test_geometric_noise_has_its_standard_deviation() -> None:
     assert torch.equal(
         geometric(**still, noise=0)(noise_images(4, 16), seeded()), geometric().plain(noise_images(4, 16))
     )
+
+
+# -- shifted -----------------------------------------------------------------------------------------------------------
+
+
+def shifted(**overrides: Any) -> ShiftViews:
+    fields = yaml.safe_load((CONF / "shift.yaml").read_text())
+    del fields["_target_"]
+    return ShiftViews(**{**fields, **overrides})
+
+
+def test_a_shifted_view_is_torchvisions_reflect_padding_cut_out_and_flipped() -> None:
+    images = noise_images(4, 10, 14)
+    draw = ShiftDraw(
+        offset=torch.tensor([[0, 0], [1, -2], [-1, 2], [3, 4]]), flip=torch.tensor([False, False, True, True])
+    )
+    views = shifted().apply(images, draw)
+    for image, (down, right), flip, view in zip(images, draw.offset.tolist(), draw.flip, views, strict=True):
+        padded = tv.pad(image, [4, 4, 4, 4], padding_mode="reflect")
+        expected = padded[:, 4 + down : 14 + down, 4 + right : 18 + right]
+        assert torch.equal(view, shifted().plain((tv.horizontal_flip(expected) if flip else expected)[None])[0])
+
+
+def test_shifts_reach_their_limit_on_both_sides_and_flips_are_as_frequent_as_asked() -> None:
+    draw = shifted(shift=0.2, flip_probability=0.25).draw(4000, (10, 20), seeded())
+    for column, far in zip(draw.offset.T, (2, 4), strict=True):
+        counts = torch.bincount(column + far, minlength=2 * far + 1)
+        assert len(counts) == 2 * far + 1
+        assert (counts / 4000 - 1 / (2 * far + 1)).abs().max() < 0.03
+    assert draw.flip.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    still = shifted(shift=0.0, flip_probability=0.0)
+    assert torch.equal(still(noise_images(3, 8), seeded()), still.plain(noise_images(3, 8)))
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"shift": 0.6}, r"views\.shift"), ({"flip_probability": 2}, r"flip")])
+def test_shifts_that_are_none_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shifted(**wrong)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
