@@ -67,9 +67,10 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
 def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[str, Any]:
     """Resolve every interpolation and put in what only the composition knows.
 
-    That is the strategy's name (the chosen YAML's), and what other keys name: the sources of `public.data` and
-    `evaluate.data` (files of conf/data), the methods of `client.methods` (files of conf/method). A preset's values for
-    a group do not outlive the group: `experiment=... partition=iid` has nothing of the preset's partition.
+    That is the strategy's name (the chosen YAML's), what goes with the ensemble, and what other keys name: the sources
+    of `public.data` and `evaluate.data` (files of conf/data), the methods of `client.methods` (files of conf/method). A
+    preset's values for a group do not outlive the group: `experiment=... partition=iid` has nothing of the preset's
+    partition.
 
     Args:
         config: composed, inside an initialised Hydra.
@@ -84,6 +85,7 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     search_path = [o for o in hydra_config.overrides.hydra if o.split("=")[0] == "hydra.searchpath"]  # a user's folder
     if choices.get("experiment") is not None:
         _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task), search_path)
+    _fit_to_the_ensemble(config)
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     for key in SAID_TO_THE_COMMAND:
@@ -100,6 +102,15 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
         image_size = resolved["data"]["image_size"]
         evaluate["source"] = _named_source("evaluate", evaluate["data"], evaluate["root"], image_size, search_path)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _fit_to_the_ensemble(config: DictConfig) -> None:
+    """Fill in `embedding` and `distill.loss` where they are null: rows that sum to 1 are the paper's path."""
+    if config.embedding is None or config.distill.loss is None:
+        kernel = getattr(instantiate(OmegaConf.to_container(config.ensemble, resolve=True)), "kernel", False)
+        loss, embedding = ("coordinates", "backbone") if kernel else ("ce", "projector")
+        config.distill.loss = config.distill.loss or loss
+        config.embedding = config.embedding or embedding
 
 
 def _let_chosen_groups_win(

@@ -158,7 +158,7 @@ class Distillation:
         if self.loss in KERNEL_LOSSES and (self.warmup != "once" or not self.own_key):
             raise ConfigError(
                 f"distill.loss={self.loss} has no queue, so distill.warmup must be once and distill.own_key true, "
-                f"got {self.warmup} and {str(self.own_key).lower()}."
+                f"got {self.warmup} and {str(self.own_key).lower()}: leave them out; ensemble=row has one."
             )
         if self.student_init == "public_only" and self.init_epochs < 1:
             raise ConfigError(
@@ -176,7 +176,8 @@ class Distillation:
             )
         if self.loss in KERNEL_LOSSES:
             raise ConfigError(
-                f"distill.loss={self.loss} knows no temperature, so distill.{name} must be null, got {end}."
+                f"distill.loss={self.loss} knows no temperature, so distill.{name} must be null, got {end}; "
+                f"ensemble=row has temperatures."
             )
 
     def temperatures(self, epoch: int) -> tuple[float, float]:
@@ -256,8 +257,9 @@ class Distillation:
         if kernel != wants_kernel:
             raise ConfigError(
                 f"distill.loss={self.loss} learns from {'a kernel' if wants_kernel else 'rows that sum to 1'}, "
-                f"but the chosen ensemble makes {'a kernel' if kernel else 'rows that sum to 1'}: "
-                f"ensemble=cka_kernel and distill.loss={' or '.join(KERNEL_LOSSES)} belong together."
+                f"but the chosen ensemble makes {'a kernel' if kernel else 'rows that sum to 1'}: choose "
+                f"ensemble={'cka_kernel' if wants_kernel else 'row (or another that makes rows)'}, or leave "
+                f"distill.loss null."
             )
         self.steps_per_epoch(num_samples)
         if num_anchors == num_samples:

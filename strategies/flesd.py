@@ -5,14 +5,19 @@ Shi et al. 2021, https://arxiv.org/abs/2109.14611. One round:
 1. broadcast: each client receives its architecture family's global weights (`downlink=weights`);
 2. local training: the client trains on its own images with its self-supervised method;
 3. upload: it embeds the public set and sends the cosine similarities of all pairs (`codec`);
-4. ensemble: the server combines them into one target distribution per public image (`ensemble`);
-5. distil: each family's global model, the student, learns to reproduce that target over a momentum queue of its own
-   embeddings of public views (`distill`).
+4. ensemble: the server combines them into one target (`ensemble`);
+5. distil: each family's global model, the student, learns to reproduce that target from views of the public images
+   (`distill`).
+
+The paper's target is a distribution over anchors for each image, learned over a momentum queue of the student's own
+embeddings (`ensemble=none`). The default is ours: the mean of the clients' centred kernels, turned into one point per
+public image that the student learns by regression (`ensemble=cka_kernel`, `embedding=backbone`,
+`distill.loss=coordinates`); benchmarks/flesd_study.md compares them.
 
 Departs from the paper: clients may have different architectures, one student per family (the authors' first abstract
 and overview figure intend it, their code has one model); a client sends factors that give the same matrix
 (`codec=factor`) unless asked for the matrix itself; `ensemble=row` normalises each client's row before the mean, so
-that a collapsed client cannot dominate (`ensemble=none` is the paper); the public set is any of conf/public, the same
+that a collapsed client cannot dominate; the public set is any of conf/public, the same
 images in the same deterministic transform for everyone (authors' code: client 0's shard, in a random view).
 
 Ours, not the paper's: `downlink=similarity|none`, clients that keep their own model from round to round. With

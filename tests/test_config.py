@@ -252,3 +252,23 @@ def test_so_it_is_for_a_node_inside_a_node() -> None:
 def test_arguments_that_do_not_fit_name_the_target() -> None:
     with pytest.raises(ConfigError, match=r"cannot build fedssl\.federation\.setup\.Federation: .*'colour'"):
         instantiate({**compose()["federation"], "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "loss", "embedding"),
+    [
+        ([], "coordinates", "backbone"),
+        (["ensemble=row"], "ce", "projector"),
+        (["codec=sharpened"], "ce", "projector"),  # which brings ensemble=row
+        (["ensemble=median", "distill.loss=js"], "js", "projector"),
+        (["distill.loss=cka", "embedding=projector"], "cka", "projector"),
+        (["experiment=flesd_faithful"], "ce", "projector"),
+        (["experiment=cifar10_small", "ensemble=none"], "ce", "projector"),
+    ],
+)
+def test_loss_and_embedding_go_with_the_ensemble_unless_they_are_given(
+    overrides: list[str], loss: str, embedding: str
+) -> None:
+    config = compose(overrides)
+    assert (config["distill"]["loss"], config["embedding"]) == (loss, embedding)
+    assert config["strategy"]["server"]["embedding"] == embedding

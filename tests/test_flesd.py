@@ -49,7 +49,8 @@ RULES = sorted(path.stem for path in (conf_dir() / "ensemble").glob("*.yaml"))
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_round_with_every_codec(codec: str, tmp_path: Path) -> None:
     """The bytes that are counted are those that the codec states, and the names and numbers around them."""
-    config = small(tmp_path / "run", "strategy=flesd", f"codec={codec}", "codec.dtype=int8", "federation.num_rounds=1")
+    overrides = (f"codec={codec}", "codec.dtype=int8", "embedding=projector", "federation.num_rounds=1")
+    config = small(tmp_path / "run", "strategy=flesd", *overrides)
     assert simulation.run(config)["status"] == "completed"
     stated = build_strategy(Setup(config)).codec.num_bytes(24, 8)  # type: ignore[attr-defined]
     for row in rows(tmp_path / "run", "client"):
@@ -75,7 +76,7 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
     """And KL the same as cross-entropy: they differ by a constant."""
     weights = []
     for name in ("ce", loss):
-        _, strategy, _, replies = first_round(small(None, "strategy=flesd", f"distill.loss={name}"), tmp_path)
+        _, strategy, _, replies = first_round(small(None, "ensemble=row", f"distill.loss={name}"), tmp_path)
         arrays, _ = strategy.aggregate_train(1, replies)
         assert arrays is not None
         weights.append(arrays["tiny/backbone.conv.weight"].numpy())
@@ -85,14 +86,17 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["codec=dense", "codec.max_bytes=1000"], r"codec=dense needs 1,152 bytes .* codec=factor codec\.dtype=fp16"),
+        (
+            ["codec=dense", "codec.max_bytes=1000", "embedding=projector"],
+            r"codec=dense needs 1,152 bytes .* codec=factor codec\.dtype=fp16",
+        ),
         (["codec=sharpened", "ensemble=median"], r"codec=sharpened needs a rule that sums masses"),
         (
             ["codec=sharpened", "codec.num_anchors=8", "distill.own_key=false"],
             r"only 8 of 24 public images",
         ),
         (
-            ["downlink=similarity", "ensemble=cka_kernel", "distill.loss=coordinates"],
+            ["downlink=similarity", "embedding=projector"],
             r"its projector would have nothing to say: set embedding=backbone",
         ),
         (
@@ -103,10 +107,17 @@ def test_other_losses_learn_other_weights(loss: str, tmp_path: Path) -> None:
         (["client.methods=[simclr,3]"], r"client\.methods must be a list of names of conf/method, .* got 3"),
         (["strategy=fedavg", "codec.dtype=fp99"], r"codec\.dtype must be one of"),
         (["strategy=fedavg", "distill.loss=mse"], r"distill\.loss must be one of"),
-        (["strategy=public_only", "distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
-        (["ensemble=cka_kernel"], r"ensemble=cka_kernel and distill\.loss=cka or coordinates belong together"),
-        (["distill.loss=cka"], r"ensemble=cka_kernel and distill\.loss=cka or coordinates belong together"),
-        (["distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
+        (
+            ["strategy=public_only", "ensemble=row", "distill.warmup=every_epoch", "distill.queue_size=24"],
+            r"no gradient step is left",
+        ),
+        (["distill.loss=kl"], r"distill\.loss=kl learns from rows that sum to 1, .* choose ensemble=row"),
+        (
+            ["ensemble=row", "distill.loss=cka"],
+            r"distill\.loss=cka learns from a kernel, .* choose ensemble=cka_kernel",
+        ),
+        (["ensemble=row", "distill.warmup=every_epoch", "distill.queue_size=24"], r"no gradient step is left"),
+        (["distill.warmup=every_epoch"], r"distill\.loss=coordinates has no queue, .* ensemble=row has one"),
         (["ensemble=krum"], r"ensemble=krum with num_byzantine=1 needs 5 clients"),
         (["codec=topk", "codec.k=0"], r"codec\.k must be at least 1"),
         (["codec=topk", "codec.k=24"], r"codec\.k=24 entries a row, but an image has only 23 others among 24"),
@@ -228,7 +239,7 @@ def test_what_comes_down_is_the_report_familys_student(tmp_path: Path) -> None:
     for other in sent[1:]:
         assert_same(sent[0], other)
     student = setup.server().load(learned, setup.report_family)
-    z = torch.nn.functional.normalize(setup.server().embed_public(student, "projector"), dim=1)
+    z = torch.nn.functional.normalize(setup.server().embed_public(student, "backbone"), dim=1)
     similarity = strategy.codec.decode(sent[0], 24).block(torch.arange(24), torch.arange(24))
     torch.testing.assert_close(similarity, z @ z.T, atol=2e-3, rtol=0)
 

@@ -1,0 +1,345 @@
+#!/usr/bin/env python
+"""Does similarity exchange win? `scripts/study_flesd.py --data ../shared/data --work DIR`, then `--table` for the page.
+
+CIFAR-10, 5 clients of 4,000 or more private images and 3 architectures, Dirichlet 0.1, and three public sets: 2,000 and
+500 held-out images, 2,000 of Tiny-ImageNet. One round: every client trains 10 epochs; then, per public set and arm, one
+student of the report family takes 600 steps. All arms of a seed have the same partition, the same clients, the same
+initial student and as many steps, so they are compared in pairs. Each run is one line of DIR/flesd_study.csv; what is
+there already is skipped, and trained clients are kept in DIR/trained, so an interrupted study goes on where it was, and
+several processes can share a DIR if they are given different --seeds or --arms.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP_NUM_THREADS="1")
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from safetensors.torch import load_file, save_file
+
+from fedssl.config import compose, instantiate
+from fedssl.distill import distill
+from fedssl.ensemble import make_target
+from fedssl.federation import client as client_module
+from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.records import load_state, model_state
+from fedssl.federation.server import image_passes
+from fedssl.federation.setup import Setup
+from fedssl.models import Model, calibrate_batch_norm
+from fedssl.seeding import derive_seed
+from fedssl.similarity import FactorSimilarity, Similarity, unit_rows
+from fedssl.train import train
+
+COMMON = (
+    "experiment=cifar10_small", "device=cpu", "data.num_images=27000", "partition.min_size=4000", "evaluate.data=null",
+    "federation.num_rounds=1", "federation.report_family=conv4_16", "client.local_epochs=10", "method=simclr",
+    "method.temperature=0.1", "distill.batch_size=128", "evaluate.linear.l2=[0.03,0.01,0.003]",
+    "evaluate.labels.per_class=[1]",
+)  # fmt: skip
+PUBLIC = {  # by name, with epochs that make 600 steps of 128
+    "held_out_2000": ("public=held_out", "public.size=2000", "distill.epochs=40"),
+    "held_out_500": ("public=held_out", "public.size=500", "distill.epochs=200"),
+    "tiny_imagenet_2000": (
+        "public=dataset", "public.data=parquet", "public.root={data}/tiny-imagenet-32-unlabelled", "public.size=2000",
+        "distill.epochs=40",
+    ),
+}  # fmt: skip
+PAPER = ("embedding=projector", "distill.loss=ce", "views@distill.views=colour")
+COORDINATES = ("embedding=backbone", "ensemble=cka_kernel", "distill.loss=coordinates")
+SHIFT = (*COORDINATES, "views@distill.views=shift")
+ARMS = {  # by name: whose similarities, and the settings of the distillation
+    "flesd": ("trained", SHIFT),  # the default
+    "placebo": ("untrained", SHIFT),
+    "best_client": ("best", SHIFT),
+    "public_only": ("nobody", SHIFT),
+    "public_only_total": ("nobody", SHIFT),
+    "paper": ("trained", (*PAPER, "ensemble=none")),
+    "row": ("trained", (*PAPER, "ensemble=row")),
+    "full_views": ("trained", (*COORDINATES, "views@distill.views=colour")),
+    "full_views_placebo": ("untrained", (*COORDINATES, "views@distill.views=colour")),
+}
+METRICS = ("linear_top1", "knn_top1", "labels1_top1")
+FIELDS = ("public", "arm", "seed", "partition", "family", *METRICS, "steps", "image_passes", "seconds")
+LOCAL, RANDOM = "local", "random"  # arms without a public set
+Row = dict[str, str]
+
+
+# --- trained once ---------------------------------------------------------------------------------------------------
+def remembering(folder: Path) -> Any:
+    """`fedssl.train.train` that looks into `folder` first: it is a pure function of weights, images and settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def remembered(model: Model, images: Any, **settings: Any) -> dict[str, float]:
+        device = settings.pop("device")
+        key = hashlib.sha256()
+        for name, value in model_state(model).items():
+            key.update(name.encode())
+            key.update(value.cpu().contiguous().numpy().tobytes())
+        key.update(images.digest.encode())
+        said = {name: repr(value) for name, value in settings.items()}
+        if not settings["optimisation"].depends_on_num_rounds:
+            del said["num_rounds"]
+        key.update(repr(sorted(said.items())).encode())
+        path = folder / f"{key.hexdigest()}.safetensors"
+        if path.exists():
+            load_state(model, load_file(path))
+            model.to(device).eval()
+            metrics: dict[str, float] = json.loads(path.with_suffix(".json").read_text())
+            return metrics
+        metrics = train(model, images, device=device, **settings)
+        path.with_suffix(".json").write_text(json.dumps(metrics))
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        save_file({name: value.cpu().contiguous() for name, value in model_state(model).items()}, unfinished)
+        unfinished.replace(path)
+        return metrics
+
+    return remembered
+
+
+# --- one cell -------------------------------------------------------------------------------------------------------
+class Study:
+    """The runs of one seed; what several of them need is made once."""
+
+    def __init__(self, seed: int, data: Path, work: Path) -> None:
+        self.seed, self.data, self.work = seed, data, work
+
+    @cache  # noqa: B019 - as long as the study
+    def setup(self, public: str, overrides: tuple[str, ...] = ()) -> Setup:
+        """A run's parts; partitions are those of the first public set, whichever it is."""
+        partition = self.work / f"partition-{self.seed}.npz"
+        common = [*COMMON, f"data.root={self.data}", f"seed={self.seed}"]
+        if not partition.exists():
+            Setup(compose([*common, *PUBLIC["held_out_2000"]])).data.save(partition)
+        chosen = [override.format(data=self.data) for override in PUBLIC[public]]
+        kept = [override for override in common if not override.startswith("partition.")]
+        return Setup(compose([*kept, *chosen, "partition=file", f"partition.path={partition}", *overrides]))
+
+    @cache  # noqa: B019
+    def trained(self, partition_id: int, family: str) -> Model:
+        """This client's model of that architecture after its 10 epochs, as `local_only` and FLESD train it."""
+        client = self.setup("held_out_2000").client(partition_id, 1)
+        client.family = family
+        model = client.load(Broadcast(round_num=1, num_rounds=1, family=family, arrays=ArrayRecord()))
+        client.train(model, epochs=client.local.local_epochs)
+        return model
+
+    def evaluated(self, model: Model) -> dict[str, float]:
+        """Probes of its backbone; the same images for all."""
+        return self.setup("held_out_2000").evaluator(model.backbone)
+
+    @cache  # noqa: B019
+    def local(self, partition_id: int, family: str) -> dict[str, float]:
+        """Probes of one client's model."""
+        return self.evaluated(self.trained(partition_id, family))
+
+    def similarities(self, whose: str, public: str, embedding: str) -> tuple[list[Similarity], list[float]]:
+        """What clients say of the public set, and how many images they have."""
+        setup = self.setup(public)
+        partitions = list(setup.data.training_partitions)
+        if whose == "best":
+            partitions = [max(partitions, key=lambda p: self.local(p, setup.family(p))["linear_top1"])]
+        said: list[Similarity] = []
+        for p in partitions:
+            client = setup.client(p, 1)
+            model = untrained(client) if whose == "untrained" else self.trained(p, client.family)
+            said.append(FactorSimilarity(factors=unit_rows(client.embed_public(model, embedding))))
+        return said, [float(len(setup.data.partitions[p])) for p in partitions]
+
+    def student(self, public: str, arm: str) -> tuple[Model, dict[str, float]]:
+        """The report family's model after one round of this arm."""
+        whose, overrides = ARMS[arm]
+        setup = self.setup(public, overrides)
+        family, distillation = setup.report_family, instantiate(setup.config["distill"])
+        model = setup.build_model(family)
+        images = setup.public_set.images
+        if whose == "nobody":
+            steps = distillation.num_steps(len(images))
+            passes = distillation.image_passes(len(images))
+            batch_size = next(b for b in range(2, len(images)) if image_passes(len(images), b, steps) >= passes)
+            if arm == "public_only_total":
+                private = sum(len(setup.data.partitions[p]) for p in setup.data.training_partitions)
+                passes += 2 * setup.local.local_epochs * private
+                while image_passes(len(images), batch_size, steps) < passes:
+                    steps += 1
+            purpose = f"public-only/{family}"
+            return model, setup.server().train(
+                model, images, steps=steps, batch_size=batch_size, purpose=purpose, round_num=1
+            )
+        said, num_images = self.similarities(whose, public, setup.config["embedding"])
+        target = make_target(said, instantiate(setup.config["ensemble"]), distillation.target_temperature, num_images)
+        return model, distill(
+            model, target, images, distillation=distillation, views=setup.views,
+            seed=derive_seed(self.seed, f"distillation/{family}", 1), round_num=1, num_rounds=1, device=setup.device,
+        )  # fmt: skip
+
+    def rows(self, public: str, arm: str) -> Iterator[dict[str, Any]]:
+        """The lines of one cell."""
+        base = {"public": public, "arm": arm, "seed": self.seed}
+        setup = self.setup("held_out_2000")
+        if arm == RANDOM:
+            yield {**base, "family": setup.report_family, **self.evaluated(setup.build_model(setup.report_family))}
+            return
+        if arm == LOCAL:
+            for p in setup.data.training_partitions:
+                for family in dict.fromkeys([setup.family(p), setup.report_family]):
+                    started = time.perf_counter()
+                    figures = self.local(p, family)
+                    seconds = time.perf_counter() - started
+                    yield {**base, "partition": p, "family": family, **figures, "seconds": seconds}
+            return
+        model, learned = self.student(public, arm)
+        yield {**base, "family": setup.report_family, **learned, **self.evaluated(model)}
+
+
+def untrained(client: Client) -> Model:
+    """As `strategies/placebo.py` makes it."""
+    model = client.untrained()
+    images = client.public_set.images
+    batch = images.take(np.arange(min(len(images), client.embed_batch_size)))
+    calibrate_batch_norm(model, client.views.plain(batch))
+    return model.eval()
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def study(work: Path, data: Path, seeds: Sequence[int], publics: Sequence[str], arms: Sequence[str]) -> None:
+    """All cells that are not in the file yet, seed by seed."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "flesd_study.csv"
+    client_module.train = remembering(work / "trained")  # type: ignore[attr-defined]
+    for seed in seeds:
+        one = Study(seed, data, work)
+        for public, arm in [(p, a) for a in arms for p in (["none"] if a in (LOCAL, RANDOM) else publics)]:
+            done = [row for row in read(path) if (row["public"], row["arm"], row["seed"]) == (public, arm, str(seed))]
+            if done:
+                continue
+            rows = list(one.rows(public, arm))
+            new = not path.exists()
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                for row in rows:
+                    row |= {name: f"{row[name]:.4f}" for name in METRICS}
+                    row |= {name: f"{row[name]:.0f}" for name in ("steps", "image_passes", "seconds") if name in row}
+                    writer.writerow(row)
+                    print(*(row.get(name, "") for name in FIELDS), flush=True)
+
+
+class Figures:
+    """Accuracies in percent of one metric, by public set, arm and seed; those of local models by their extremes."""
+
+    def __init__(self, rows: Sequence[Row], metric: str) -> None:
+        self.values: dict[tuple[str, str], dict[int, float]] = {}
+        shares: dict[tuple[str, int], list[float]] = {}
+        reported = next((row["family"] for row in rows if row["arm"] == RANDOM), "")
+        for row in rows:
+            seed, value = int(row["seed"]), 100 * float(row[metric])
+            if row["arm"] != LOCAL:
+                self.values.setdefault((row["public"], row["arm"]), {})[seed] = value
+                continue
+            shares.setdefault(("local, any architecture, best", seed), []).append(value)
+            if row["family"] == reported:
+                shares.setdefault(("local, mean", seed), []).append(value)
+                shares.setdefault(("local, best", seed), []).append(value)
+        for (name, seed), values in shares.items():
+            value = max(values) if name.endswith("best") else mean(values)
+            self.values.setdefault(("none", name), {})[seed] = value
+
+    def arms(self, public: str) -> list[str]:
+        """Those of this public set, the best mean first, and those without any."""
+        found = [key for key in self.values if key[0] in (public, "none")]
+        return [arm for _, arm in sorted(found, key=lambda key: -mean(self.values[key].values()))]
+
+    def of(self, public: str, arm: str) -> dict[int, float]:
+        """By seed."""
+        return self.values.get((public, arm)) or self.values.get(("none", arm), {})
+
+    def cell(self, public: str, arm: str) -> str:
+        """Mean and standard deviation over the seeds."""
+        values = list(self.of(public, arm).values())
+        if not values:
+            return "not measured"
+        return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+    def lead(self, public: str, arm: str) -> str:
+        """How far `flesd` is above an arm, paired by seed: mean, standard error, the smallest; bold where it wins.
+
+        It wins where it is above for every seed and, with two seeds or more, by more than two standard errors.
+        """
+        ours, other = self.of(public, "flesd"), self.of(public, arm)
+        leads = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
+        if not leads or arm == "flesd":
+            return ""
+        error = stdev(leads) / len(leads) ** 0.5 if len(leads) > 1 else 0.0
+        text = f"{mean(leads):+.1f} ± {error:.1f} (min {min(leads):+.1f})"
+        return f"**{text}**" if min(leads) > 0 and mean(leads) > 2 * error else text
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table for each public set."""
+    figures = {metric: Figures(rows, metric) for metric in METRICS}
+    linear = figures["linear_top1"]
+    parts = []
+    for public in PUBLIC:
+        if not linear.of(public, "flesd"):
+            continue
+        lines = [
+            f"## {public}",
+            "",
+            "| arm | seeds | linear | kNN | one label | `flesd` is above it by (linear) | passes | s |",
+            "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+        ]
+        for arm in linear.arms(public):
+            cells = [figures[metric].cell(public, arm) for metric in METRICS]
+            runs = [row for row in rows if row["arm"] == arm and row["public"] == public and row["seconds"]]
+            passes = f"{mean(float(row['image_passes']) for row in runs):,.0f}" if runs else ""
+            seconds = f"{mean(float(row['seconds']) for row in runs):.0f}" if runs else ""
+            seeds = len(linear.of(public, arm))
+            lines.append(
+                f"| `{arm}` | {seeds} | {' | '.join(cells)} | {linear.lead(public, arm)} | {passes} | {seconds} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="holds cifar10/ and tiny-imagenet-32-unlabelled/"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/study_flesd"))
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--public", default=",".join(PUBLIC))
+    parser.add_argument("--arms", default=",".join([RANDOM, LOCAL, *ARMS]))
+    parser.add_argument("--table", action="store_true", help="only print the tables of WORK/flesd_study.csv")
+    given = parser.parse_args()
+    if given.table:
+        print(markdown(read(given.work / "flesd_study.csv")), end="")
+        return 0
+    torch.set_num_threads(1)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    study(given.work, given.data, seeds, given.public.split(","), given.arms.split(","))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
