@@ -39,7 +39,7 @@ ABSENT = (("absent", 1), ("absent", 2))  # row alone, without the attackers: the
 UNTRAINED = "initial weights"  # of the student, before any distillation
 METRICS = ("linear_top1", "labels1_top1", "knn_top1")
 FIELDS = ("rule", "attack", "attackers", "seed", "epochs", *METRICS, "loss", "target_entropy", "seconds")
-OVERRIDES = ("device=cpu", "evaluate.linear.l2=[0.01,0.001]", "evaluate.labels.per_class=[1]")
+OVERRIDES = ("ensemble=row", "device=cpu", "evaluate.linear.l2=[0.01,0.001]", "evaluate.labels.per_class=[1]")
 Row = dict[str, str]
 
 

@@ -57,7 +57,7 @@ def public_images() -> ImageSet:
 
 def distiller(family: str, target: Target, images: ImageSet) -> Distiller:
     """The server's student of `family`, with a full queue."""
-    config = compose(SETTINGS)
+    config = compose([*SETTINGS, "ensemble=row"])  # any rule that has a queue
     backbone = instantiate(config["models"][family])
     student = Model(backbone, instantiate(config["projector"], in_dim=feature_dim(backbone, 32)))
     return Distiller(
