@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -127,13 +126,12 @@ class Study:
         return Setup(compose([*kept, *chosen, "partition=file", f"partition.path={partition}", *overrides]))
 
     @cache  # noqa: B019
-    def trained(self, partition_id: int, family: str) -> Model:
+    def trained(self, partition_id: int, family: str) -> tuple[Model, dict[str, float]]:
         """This client's model of that architecture after its 10 epochs, as `local_only` and FLESD train it."""
         client = self.setup("held_out_2000").client(partition_id, 1)
         client.family = family
         model = client.load(Broadcast(round_num=1, num_rounds=1, family=family, arrays=ArrayRecord()))
-        client.train(model, epochs=client.local.local_epochs)
-        return model
+        return model, client.train(model, epochs=client.local.local_epochs)
 
     def evaluated(self, model: Model) -> dict[str, float]:
         """Probes of its backbone; the same images for all."""
@@ -141,8 +139,9 @@ class Study:
 
     @cache  # noqa: B019
     def local(self, partition_id: int, family: str) -> dict[str, float]:
-        """Probes of one client's model."""
-        return self.evaluated(self.trained(partition_id, family))
+        """How one client's training went, and probes of its model."""
+        model, learned = self.trained(partition_id, family)
+        return {**learned, **self.evaluated(model)}
 
     def similarities(self, whose: str, public: str, embedding: str) -> tuple[list[Similarity], list[float]]:
         """What clients say of the public set, and how many images they have."""
@@ -153,7 +152,7 @@ class Study:
         said: list[Similarity] = []
         for p in partitions:
             client = setup.client(p, 1)
-            model = untrained(client) if whose == "untrained" else self.trained(p, client.family)
+            model = untrained(client) if whose == "untrained" else self.trained(p, client.family)[0]
             said.append(FactorSimilarity(factors=unit_rows(client.embed_public(model, embedding))))
         return said, [float(len(setup.data.partitions[p])) for p in partitions]
 
@@ -194,10 +193,7 @@ class Study:
         if arm == LOCAL:
             for p in setup.data.training_partitions:
                 for family in dict.fromkeys([setup.family(p), setup.report_family]):
-                    started = time.perf_counter()
-                    figures = self.local(p, family)
-                    seconds = time.perf_counter() - started
-                    yield {**base, "partition": p, "family": family, **figures, "seconds": seconds}
+                    yield {**base, "partition": p, "family": family, **self.local(p, family)}
             return
         model, learned = self.student(public, arm)
         yield {**base, "family": setup.report_family, **learned, **self.evaluated(model)}
@@ -283,14 +279,16 @@ class Figures:
     def lead(self, public: str, arm: str) -> str:
         """How far `flesd` is above an arm, paired by seed: mean, standard error, the smallest; bold where it wins.
 
-        It wins where it is above for every seed and, with two seeds or more, by more than two standard errors.
+        It wins where it is above for every seed, of two or more, and by more than two standard errors in the mean.
         """
         ours, other = self.of(public, "flesd"), self.of(public, arm)
         leads = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
         if not leads or arm == "flesd":
             return ""
-        error = stdev(leads) / len(leads) ** 0.5 if len(leads) > 1 else 0.0
-        text = f"{mean(leads):+.1f} ± {error:.1f} (min {min(leads):+.1f})"
+        if len(leads) == 1:
+            return f"{leads[0]:+.1f}"
+        error = stdev(leads) / len(leads) ** 0.5
+        text = f"{mean(leads):+.1f} ± {error:.1f} ({min(leads):+.1f} to {max(leads):+.1f})"
         return f"**{text}**" if min(leads) > 0 and mean(leads) > 2 * error else text
 
 
