@@ -42,7 +42,7 @@ from fedssl.similarity import FactorSimilarity, Similarity, unit_rows
 from fedssl.train import train
 
 COMMON = (
-    "experiment=cifar10_small", "device=cpu", "data.num_images=27000", "partition.min_size=4000", "evaluate.data=null",
+    "experiment=cifar10_small", "device=cpu", "data.num_images=27000", "partition.min_size=4000",
     "federation.num_rounds=1", "federation.report_family=conv4_16", "client.local_epochs=10", "method=simclr",
     "method.temperature=0.1", "distill.batch_size=128", "evaluate.linear.l2=[0.03,0.01,0.003]",
     "evaluate.labels.per_class=[1]",
