@@ -106,11 +106,11 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
 
 def _fit_to_the_ensemble(config: DictConfig) -> None:
     """Fill in `embedding` and `distill.loss` where they are null: rows that sum to 1 are the paper's path."""
-    if config.embedding is None or config.distill.loss is None:
-        kernel = getattr(instantiate(OmegaConf.to_container(config.ensemble, resolve=True)), "kernel", False)
-        loss, embedding = ("coordinates", "backbone") if kernel else ("ce", "projector")
-        config.distill.loss = config.distill.loss or loss
-        config.embedding = config.embedding or embedding
+    kernel = config.ensemble.get("_target_") == KERNEL_RULE
+    if config.distill.loss is None:
+        config.distill.loss = "coordinates" if kernel else "ce"
+    if config.embedding is None:
+        config.embedding = "backbone" if kernel else "projector"
 
 
 def _let_chosen_groups_win(
@@ -193,6 +193,7 @@ TOP_LEVEL: dict[str, Any] = {
     "max_seconds": float | None,
     "run_dir": str,
 }
+KERNEL_RULE = "fedssl.ensemble.MeanKernel"  # by name: to print a configuration takes no torch
 SAID_TO_THE_COMMAND = ("resume", "replay")  # no part of a run
 CLIENT_STORE = {"store": str | None}
 STRATEGY = ("name", "client", "server")

@@ -459,6 +459,7 @@ def test_the_yaml_lists_every_field_and_names_the_codec(name: str) -> None:
     config = yaml.safe_load((Path(__file__).parents[1] / f"conf/codec/{name}.yaml").read_text())
     target: Any = getattr(codecs, config.pop("_target_").removeprefix("fedssl.codecs."))
     if name == "sharpened":
+        assert config.pop("defaults") == [{"override /ensemble@_global_.ensemble": "row"}, "_self_"]
         assert (config["rule"], config["temperature"]) == ("${ensemble}", "${distill.target_temperature}")
         config |= {"rule": RowMean(), "temperature": 0.1}
     assert target(**config).name == name

@@ -307,7 +307,7 @@ def test_flesd_without_a_usable_upload_changes_nothing(tmp_path: Path) -> None:
 
 def test_flesd_gives_each_family_its_own_weights_back(tmp_path: Path) -> None:
     """And nobody's weights go up: what travels up has the public set's rows and nothing of the client's size."""
-    setup, strategy, messages, replies = first_round(small(None, "strategy=flesd"), tmp_path)
+    setup, strategy, messages, replies = first_round(small(None, "strategy=flesd", "embedding=projector"), tmp_path)
     learned, _ = strategy.aggregate_train(1, replies)
     assert learned is not None
     grid = open_in_process(setup.config, tmp_path)
