@@ -388,8 +388,7 @@ class Distiller:
         if num_coordinates < 2:
             raise FedSSLError(
                 "the clients tell public images apart in fewer than two directions, so there is nothing to distil: "
-                "all have collapsed. "
-                "Lower client.optimisation.lr."
+                "all have collapsed. Lower client.optimisation.lr."
             )
         width = feature_dim(self.student.backbone, self.pixels.shape[-1])
         return coordinates, nn.Linear(width, num_coordinates).to(self.device)

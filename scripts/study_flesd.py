@@ -23,7 +23,6 @@ from typing import Any
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP_NUM_THREADS="1")
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
@@ -32,14 +31,14 @@ from fedssl.config import compose, instantiate
 from fedssl.distill import distill
 from fedssl.ensemble import make_target
 from fedssl.federation import client as client_module
-from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.client import Broadcast
 from fedssl.federation.records import load_state, model_state
-from fedssl.federation.server import image_passes
 from fedssl.federation.setup import Setup
-from fedssl.models import Model, calibrate_batch_norm
+from fedssl.models import Model
 from fedssl.seeding import derive_seed
 from fedssl.similarity import FactorSimilarity, Similarity, unit_rows
 from fedssl.train import train
+from strategies.public_only import PublicOnly
 
 COMMON = (
     "experiment=cifar10_small", "device=cpu", "data.num_images=27000", "partition.min_size=4000",
@@ -152,7 +151,7 @@ class Study:
         said: list[Similarity] = []
         for p in partitions:
             client = setup.client(p, 1)
-            model = untrained(client) if whose == "untrained" else self.trained(p, client.family)[0]
+            model = client.untrained() if whose == "untrained" else self.trained(p, client.family)[0]
             said.append(FactorSimilarity(factors=unit_rows(client.embed_public(model, embedding))))
         return said, [float(len(setup.data.partitions[p])) for p in partitions]
 
@@ -164,14 +163,13 @@ class Study:
         model = setup.build_model(family)
         images = setup.public_set.images
         if whose == "nobody":
-            steps = distillation.num_steps(len(images))
-            passes = distillation.image_passes(len(images))
-            batch_size = next(b for b in range(2, len(images)) if image_passes(len(images), b, steps) >= passes)
-            if arm == "public_only_total":
-                private = sum(len(setup.data.partitions[p]) for p in setup.data.training_partitions)
-                passes += 2 * setup.local.local_epochs * private
-                while image_passes(len(images), batch_size, steps) < passes:
-                    steps += 1
+            total = arm == "public_only_total"
+            codec, downlink = instantiate(setup.config["codec"]), setup.config["downlink"]
+            control = PublicOnly(
+                server=setup.server(), distillation=distillation, total=total, downlink=downlink, codec=codec
+            )
+            private = sum(len(setup.data.partitions[p]) for p in setup.data.training_partitions)
+            steps, batch_size = control.effort(1, 2 * setup.local.local_epochs * private if total else 0)
             purpose = f"public-only/{family}"
             return model, setup.server().train(
                 model, images, steps=steps, batch_size=batch_size, purpose=purpose, round_num=1
@@ -197,15 +195,6 @@ class Study:
             return
         model, learned = self.student(public, arm)
         yield {**base, "family": setup.report_family, **learned, **self.evaluated(model)}
-
-
-def untrained(client: Client) -> Model:
-    """As `strategies/placebo.py` makes it."""
-    model = client.untrained()
-    images = client.public_set.images
-    batch = images.take(np.arange(min(len(images), client.embed_batch_size)))
-    calibrate_batch_norm(model, client.views.plain(batch))
-    return model.eval()
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

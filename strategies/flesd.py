@@ -17,8 +17,8 @@ public image that the student learns by regression (`ensemble=cka_kernel`, `embe
 Departs from the paper: clients may have different architectures, one student per family (the authors' first abstract
 and overview figure intend it, their code has one model); a client sends factors that give the same matrix
 (`codec=factor`) unless asked for the matrix itself; `ensemble=row` normalises each client's row before the mean, so
-that a collapsed client cannot dominate; the public set is any of conf/public, the same
-images in the same deterministic transform for everyone (authors' code: client 0's shard, in a random view).
+that a collapsed client cannot dominate; the public set is any of conf/public, the same images in the same
+deterministic transform for everyone (authors' code: client 0's shard, in a random view).
 
 Ours, not the paper's: `downlink=similarity|none`, clients that keep their own model from round to round. With
 `similarity` the report family's student comes down as its similarities of the public set, in the same wire format as

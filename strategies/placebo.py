@@ -10,13 +10,10 @@ The server half is FLESD's (conf/strategy/placebo.yaml).
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedssl.codecs import Codec
 from fedssl.distill import Distillation
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload
-from fedssl.models import calibrate_batch_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +27,6 @@ class PlaceboClient:
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client; the broadcast is received (its bytes count) and ignored."""
         model = client.untrained()
-        images = client.public_set.images
-        batch = images.take(np.arange(min(len(images), client.embed_batch_size))).to(client.device)
-        calibrate_batch_norm(model, client.views.plain(batch))
         arrays, metrics = client.similarities(model, embedding=self.embedding, codec=self.codec)
         if self.distillation.student_init == "fedavg_of_family":
             arrays |= client.weights(model)

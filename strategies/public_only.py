@@ -62,20 +62,20 @@ class PublicOnly(Strategy):
         n = len(self.server.public_set.images)
         return self.distillation.image_passes(n, num_anchors(self.codec, n))
 
-    def effort(self) -> tuple[int, int]:
-        """Optimiser steps and batch size of this round.
+    def effort(self, round_num: int, client_passes: int) -> tuple[int, int]:
+        """Optimiser steps and batch size of a round in which clients would have seen so many images.
 
         As many steps as the student takes, in the smallest batches that see as many images; where not even the whole
         public set in every step does, and for the clients' passes, more steps.
         """
         n = len(self.server.public_set.images)
         steps, passes = self.distillation.num_steps(n), self.student_passes
-        if self.round_num == 1:
+        if round_num == 1:
             steps += self.distillation.pretraining_steps(n)
             passes += self.distillation.pretraining_image_passes(n)
         enough = (size for size in range(2, n) if image_passes(n, size, steps) >= passes)
         batch_size = next(enough, n)
-        while image_passes(n, batch_size, steps) < passes + self.client_passes:
+        while image_passes(n, batch_size, steps) < passes + client_passes:
             steps += 1
         return steps, batch_size
 
@@ -83,7 +83,7 @@ class PublicOnly(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Train every family's model on the public set."""
-        steps, batch_size = self.effort()
+        steps, batch_size = self.effort(server_round, self.client_passes)
         states = {}
         metrics: dict[str, float] = {}
         for family in self.server.families:

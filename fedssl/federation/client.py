@@ -22,7 +22,7 @@ from fedssl.evaluate import Evaluator
 from fedssl.federation.embedding import embed
 from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
 from fedssl.methods import Method
-from fedssl.models import Model
+from fedssl.models import Model, calibrate_batch_norm
 from fedssl.seeding import derive_seed, generator
 from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 from fedssl.train import Optimisation, train
@@ -124,8 +124,15 @@ class Client:
         return {f"{self.family}/{name}": value.cpu().numpy() for name, value in model_state(model).items()}
 
     def untrained(self) -> Model:
-        """A model of this client's family that has seen no image, initialised by a seed of this client's own."""
-        return self.build_untrained(self.family, self.partition_id).to(self.device)
+        """A model of this client's family that no loss has touched, initialised by a seed of this client's own.
+
+        Its batch norm has the statistics of one public batch: see `calibrate_batch_norm` for what it is without.
+        """
+        model = self.build_untrained(self.family, self.partition_id).to(self.device)
+        images = self.public_set.images
+        batch = images.take(np.arange(min(len(images), self.embed_batch_size))).to(self.device)
+        calibrate_batch_norm(model, self.views.plain(batch))
+        return model
 
     def train(self, model: Model, *, epochs: int) -> dict[str, float]:
         """Train `model` in place on the private images; returns `fedssl.train.train`'s metrics."""
