@@ -1,11 +1,10 @@
-"""The anchors that a student is compared with: a queue of keys, and the average of the student that makes them."""
+"""The anchors that a student is compared with: a queue of keys, each of a public image."""
 
-import itertools
 import math
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Queue:
@@ -56,23 +55,3 @@ def filling_order(n: int, size: int, rng: torch.Generator) -> Int64[Tensor, " k"
     """`size` of n images in random order, each once before any comes twice."""
     passes = [torch.randperm(n, generator=rng) for _ in range(math.ceil(size / n))]
     return torch.cat(passes)[:size]
-
-
-@torch.no_grad()
-def move_average(average: nn.Module, online: nn.Module, decay: float, *, buffers: bool) -> None:
-    """Move the average's weights towards the online network's: decay * average + (1 - decay) * online.
-
-    Args:
-        average: the target encoder, changed in place.
-        online: a network of the same architecture.
-        decay: 0 copies, 1 changes nothing.
-        buffers: average the buffers too; those of integers (batch counters) are copied. If not, they are left alone.
-    """
-    ours, theirs = (
-        itertools.chain(network.parameters(), network.buffers() if buffers else ()) for network in (average, online)
-    )
-    for old, new in zip(ours, theirs, strict=True):
-        if old.is_floating_point():
-            old.lerp_(new, 1 - decay)
-        else:
-            old.copy_(new)

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from fedssl.anchors import Queue, filling_order, move_average
+from fedssl.anchors import Queue, filling_order
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.ensemble import EnsembleTarget, Target, check_temperature
@@ -68,7 +68,7 @@ from fedssl.losses import (
     nt_xent,
     reverse_kl_divergence,
 )
-from fedssl.models import Model, feature_dim
+from fedssl.models import Model, feature_dim, move_average
 from fedssl.seeding import generator, seeded_init
 from fedssl.train import Optimisation
 

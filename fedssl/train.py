@@ -6,15 +6,16 @@ weights, the images and the seed; on the CPU with a fixed number of threads the 
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -25,6 +26,9 @@ from fedssl.errors import ConfigError, FedSSLError
 from fedssl.methods import Method
 from fedssl.models import Model, calibrate_batch_norm
 from fedssl.seeding import generator, seeded_init
+
+# What a strategy adds to the method's loss: (model, x1, x2) -> a scalar.
+Penalty = Callable[[Model, Tensor, Tensor], Tensor]
 
 OPTIMISERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine", "cosine_rounds")
@@ -107,6 +111,8 @@ def train(
     images: ImageSet,
     *,
     method: Method,
+    memory: dict[str, Tensor] | None = None,
+    penalty: Penalty | None = None,
     views: Views,
     optimisation: Optimisation,
     batch_size: int,
@@ -125,9 +131,12 @@ def train(
     All images are copied to the device once, as uint8.
 
     Args:
-        model: backbone and projector.
+        model: backbone, projector and the method's heads.
         images: the only images used; labels are not looked at.
         method: the loss of two views.
+        memory: the method's state as the last training of this model left it, by name, changed in place; empty before
+            the first. None for a state that nobody keeps.
+        penalty: a term that is added to the method's loss.
         views: the random augmentation.
         optimisation: optimiser and schedule, started afresh.
         batch_size: images (not views) per step, at least 2.
@@ -140,8 +149,9 @@ def train(
         amp: bfloat16 autocast; CUDA only, ignored elsewhere.
 
     Returns:
-        `loss` and `loss_first`, the means over the steps of the last and the first epoch; `steps`; `image_passes`, the
-        views that went through the network (2 per image and step); `seconds`; and `projection_std`, a collapse measure
+        `loss` and `loss_first`, the means over the steps of the last and the first epoch, any penalty included;
+        `penalty`, its mean over the last epoch; `steps`; `image_passes`, the views that went through the network (2 per
+        image and step); `seconds`; and `projection_std`, a collapse measure
         in [0, 1] of the last full batch: the mean standard deviation of the normalised projections' entries, times
         sqrt(d). 0 is collapse to a point, 1 a uniform spread. Absent if the method does not use the projector.
 
@@ -153,6 +163,9 @@ def train(
     batch_sizes = _batch_sizes(len(images), batch_size, images.name)
     total_steps = _total_steps(len(batch_sizes), epochs, steps)
     model.to(device).train()
+    state = method.new_state(model).to(device).train()
+    if memory:
+        state.load_state_dict(memory)
     optimiser, schedule = optimisation.build(
         model.parameters(), total_steps=total_steps, round_num=round_num, num_rounds=num_rounds
     )
@@ -161,23 +174,32 @@ def train(
     views_rng = generator(seed, "views", round_num, device=device)
     epoch_losses: list[float] = []
     image_passes = done = 0
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp and device.type == "cuda")
 
     # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
     with seeded_init(seed, "dropout", round_num), _last_projections(model) as projections:
         rows = torch.randperm(len(pixels), generator=generator(seed, "calibration", round_num))[:batch_size].to(device)
         calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
+        with torch.no_grad(), autocast():
+            method.prepare(model, state, _endless_views(pixels, views, batch_size, seed, round_num))
         for epoch in count(1):
             losses: list[Tensor] = []  # stay on the device: reading one would wait for it
+            penalties: list[Tensor] = []
             order = torch.randperm(len(pixels), generator=order_rng).to(device)
             for rows in torch.split(order[: sum(batch_sizes)], batch_sizes)[: total_steps - done]:
                 batch = pixels[rows]
                 x1, x2 = (views(batch, views_rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
-                    loss = method.loss(model, x1, x2)
+                with autocast():
+                    loss = method.loss(model, state, x1, x2)
+                    if penalty is not None:
+                        added = penalty(model, x1, x2)
+                        penalties.append(added.detach())
+                        loss = loss + added
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()
+                method.after_step(model, state)
                 losses.append(loss.detach())
                 image_passes += 2 * len(rows)
             epoch_losses.append(_mean_loss(losses, done, epoch, optimisation, images.name))
@@ -186,6 +208,8 @@ def train(
                 break
 
     model.eval()
+    if memory is not None:
+        memory |= {name: value.to("cpu", copy=True) for name, value in state.state_dict().items()}
     metrics = {
         "loss": epoch_losses[-1],
         "loss_first": epoch_losses[0],
@@ -195,7 +219,21 @@ def train(
     }
     if projections:
         metrics["projection_std"] = _spread(projections[0])
+    if penalties:
+        metrics["penalty"] = float(torch.stack(penalties).mean())
     return metrics
+
+
+def _endless_views(
+    pixels: UInt8[Tensor, "n 3 h w"], views: Views, batch_size: int, seed: int, round_num: int
+) -> Iterator[Float[Tensor, "b 3 s s"]]:
+    """Batches of views in random order, each image once before any comes twice; draws of their own."""
+    order_rng = generator(seed, "preparation", round_num)
+    views_rng = generator(seed, "preparation", round_num, device=pixels.device)
+    while True:
+        order = torch.randperm(len(pixels), generator=order_rng).to(pixels.device)
+        for rows in torch.split(order, batch_size):
+            yield views(pixels[rows], views_rng)
 
 
 def _batch_sizes(num_images: int, batch_size: int, name: str) -> list[int]:

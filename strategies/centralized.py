@@ -6,11 +6,12 @@ together (local epochs times their images), in the clients' batch size, with the
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedssl.federation.records import model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, image_passes
@@ -23,6 +24,7 @@ class Centralized(Strategy):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
+        self.memory: dict[str, Tensor] = {}  # the method's state
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -50,6 +52,7 @@ class Centralized(Strategy):
             batch_size=batch_size,
             purpose="centralised",
             round_num=server_round,
+            memory=self.memory,
         )
         return to_arrays({family: model_state(model)}), to_metrics({f"{family}/{k}": v for k, v in metrics.items()})
 
@@ -62,6 +65,14 @@ class Centralized(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Nothing was asked."""
         return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The method's state, for a resume."""
+        return self.memory
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As `state_dict` gave it."""
+        self.memory = dict(state)
 
     def summary(self) -> None:
         """Log the family."""

@@ -31,7 +31,7 @@ class LocalOnlyClient:
         metrics: dict[str, float] = {}
         for family in _families(client):
             model = client.remembered(family)
-            trained = client.train(model, epochs=self.local_epochs)
+            trained = client.train(model, epochs=self.local_epochs, family=family)
             metrics |= trained if family == client.family else {f"report_{name}": v for name, v in trained.items()}
             client.remember(model, family)
         return client.upload({}, metrics, codec="none")

@@ -9,11 +9,12 @@ their own distillation.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedssl.codecs import Codec, num_anchors
 from fedssl.distill import Distillation
@@ -44,6 +45,7 @@ class PublicOnly(Strategy):
         self.total = total
         self.downlink = downlink
         self.codec = codec
+        self.memory: dict[str, dict[str, Tensor]] = {family: {} for family in server.families}  # the method's state
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -95,6 +97,7 @@ class PublicOnly(Strategy):
                 batch_size=batch_size,
                 purpose=f"public-only/{family}",
                 round_num=server_round,
+                memory=self.memory[family],
             )
             states[family] = model_state(model)
             metrics |= {f"{family}/{name}": value for name, value in trained.items()}
@@ -109,6 +112,16 @@ class PublicOnly(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Nothing was asked."""
         return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The method's state of every family, for a resume."""
+        return {f"{family}/{name}": value for family, kept in self.memory.items() for name, value in kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As `state_dict` gave it."""
+        for name, value in state.items():
+            family, entry = name.split("/", 1)
+            self.memory[family][entry] = value
 
     def summary(self) -> None:
         """Log the effort that is matched."""

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedssl import ensemble
-from fedssl.anchors import Queue, filling_order, move_average
+from fedssl.anchors import Queue, filling_order
 from fedssl.data.images import ImageSet
 from fedssl.distill import CHOICES, Distillation, Distiller, distill
 from fedssl.ensemble import EnsembleTarget, RowMean, Rule, SharpenedMean, Target
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.methods.simclr import SimCLR
-from fedssl.models import Model
+from fedssl.models import Model, move_average
 from fedssl.models.backbones import Conv4
 from fedssl.models.heads import MLP
 from fedssl.seeding import seeded_init

@@ -25,7 +25,7 @@ from fedssl.methods import Method
 from fedssl.models import Model, calibrate_batch_norm
 from fedssl.seeding import derive_seed, generator
 from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
-from fedssl.train import Optimisation, train
+from fedssl.train import Optimisation, Penalty, train
 
 DOWNLINKS = ("weights", "similarity", "none")  # what clients receive
 
@@ -134,13 +134,35 @@ class Client:
         calibrate_batch_norm(model, self.views.plain(batch))
         return model
 
-    def train(self, model: Model, *, epochs: int) -> dict[str, float]:
-        """Train `model` in place on the private images; returns `fedssl.train.train`'s metrics."""
+    def train(
+        self,
+        model: Model,
+        *,
+        epochs: int,
+        family: str | None = None,
+        method: Method | None = None,
+        penalty: Penalty | None = None,
+    ) -> dict[str, float]:
+        """Train `model` in place on the private images; returns `fedssl.train.train`'s metrics.
+
+        What the method keeps from step to step goes on where this client's last training of that family ended.
+
+        Args:
+            model: its weights are where training starts.
+            epochs: passes over the private images.
+            family: the architecture, if it is not this client's.
+            method: instead of the run's, for papers that bring their own.
+            penalty: what the paper adds to the loss.
+        """
+        prefix = f"method/{family or self.family}/"
+        kept = {name.removeprefix(prefix): value for name, value in self.memory.items() if name.startswith(prefix)}
         with self.doing("local training"):
-            return train(
+            metrics = train(
                 model,
                 self.private_set,
-                method=self.method,
+                method=self.method if method is None else method,
+                memory=kept,
+                penalty=penalty,
                 views=self.views,
                 optimisation=self.local.optimisation,
                 batch_size=self.local.batch_size,
@@ -151,6 +173,8 @@ class Client:
                 device=self.device,
                 amp=self.local.amp and self.device.type == "cuda",
             )
+        self.memory |= {f"{prefix}{name}": value for name, value in kept.items()}
+        return metrics
 
     def embed_public(self, model: Model, embedding: str) -> Float[Tensor, "n d"]:
         """What `model` makes of the public set, see `fedssl.federation.embedding.embed`."""

@@ -36,6 +36,7 @@ class Server:
         client_families: the clients' alone, each once, in the order of `federation.families`.
         cohort_size: clients per round; None: all that train.
         num_trainers: clients that train at all.
+        num_trainers_of: the same by family.
         build_model: family -> the run's initial model of that family, the same at every call.
         private_union: the private images of all training clients (simulation only, for `centralized`).
         embedding_dims: d by embedding (`fedssl.federation.embedding`), the largest that is sent.
@@ -45,6 +46,7 @@ class Server:
     num_rounds: int
     cohort_size: int | None
     num_trainers: int
+    num_trainers_of: Mapping[str, int]
     families: tuple[str, ...]
     client_families: tuple[str, ...]
     report_family: str
@@ -131,13 +133,25 @@ class Server:
         return embed(model, embedding, images, self.views, batch_size=self.embed_batch_size, device=self.device)
 
     def train(
-        self, model: Model, images: ImageSet, *, steps: int, batch_size: int, purpose: str, round_num: int
+        self,
+        model: Model,
+        images: ImageSet,
+        *,
+        steps: int,
+        batch_size: int,
+        purpose: str,
+        round_num: int,
+        memory: dict[str, Tensor] | None = None,
     ) -> dict[str, float]:
-        """Self-supervised training on the server with the clients' method and optimiser settings."""
+        """Self-supervised training on the server with the clients' method and optimiser settings.
+
+        `memory`, where it is given, keeps the method's state from round to round; see `fedssl.train.train`.
+        """
         return train(
             model,
             images,
             method=self.method,
+            memory=memory,
             views=self.views,
             optimisation=self.local.optimisation,
             batch_size=batch_size,

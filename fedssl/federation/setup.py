@@ -1,6 +1,7 @@
 """Everything a run is made of, built from its resolved configuration: on the server, in a worker, in a replay."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,7 +175,15 @@ class Setup:
     def method(self) -> Method:
         """The self-supervised method."""
         method: Method = instantiate(self.config["method"])
+        for chosen, key in ((method, "method"), *((m, "client.methods") for m in self.local.methods or ())):
+            if not isinstance(chosen, Method):
+                raise ConfigError(f"{key} must name a fedssl.methods.Method, got a {type(chosen).__name__}.")
         return method
+
+    @cached_property
+    def client_half(self) -> Any:
+        """The strategy's client half; None where it has none."""
+        return instantiate(self.config["strategy"]["client"])
 
     def client_method(self, partition_id: int) -> Method:
         """What this client trains with."""
@@ -263,8 +272,25 @@ class Setup:
                 f"models.{family}._target_ must name a torch.nn.Module or a function that returns one, got a "
                 f"{type(backbone).__name__}."
             )
-        width = feature_dim(backbone, int(self.config["data"]["image_size"]))
-        return Model(backbone, instantiate(self.config["projector"], in_dim=width))
+        size = int(self.config["data"]["image_size"])
+        projector = instantiate(self.config["projector"], in_dim=feature_dim(backbone, size))
+        return Model(backbone, projector, self._heads(feature_dim(Model(backbone, projector), size)))
+
+    def _heads(self, dim: int) -> dict[str, torch.nn.Module]:
+        """What the methods of this run and the strategy's client half train on top of projections of width `dim`.
+
+        All models of a family are alike, so each holds the heads of every method that anybody trains with.
+        """
+        heads: dict[str, torch.nn.Module] = {}
+        for part in (self.method, *(self.local.methods or ()), self.client_half):
+            for name, head in (part.heads(dim) if hasattr(part, "heads") else {}).items():
+                if name in heads and _shapes(head) != _shapes(heads[name]):
+                    raise ConfigError(
+                        f"two methods of this run have different heads {name!r}, and models of a family are alike: "
+                        f"give them the same widths, or choose others (method=, client.methods=, strategy=)."
+                    )
+                heads.setdefault(name, head)
+        return heads
 
     @cached_property
     def embedding_dims(self) -> dict[str, int]:
@@ -305,6 +331,7 @@ class Setup:
             num_rounds=self.federation.num_rounds,
             cohort_size=self.federation.cohort_size,
             num_trainers=len(self.data.training_partitions),
+            num_trainers_of=Counter(self.family(p) for p in self.data.training_partitions),
             families=self.families,
             client_families=self.client_families,
             report_family=self.report_family,
@@ -387,3 +414,7 @@ class Setup:
                 f"{f' (root {roots[0]})' if roots[0] else ''}: the public images would be the clients' own. Use "
                 f"public=held_out, which takes them out of the clients' hands, or another public.data or public.root."
             )
+
+
+def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}

@@ -106,7 +106,7 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
     """
     setup = Setup(config, run_dir)
     setup.check()
-    if _client_half(setup) is None:
+    if setup.client_half is None:
         raise ConfigError(
             f"strategy={config['strategy']['name']} asks no client to do anything, so there is no client's task to "
             f"replay in {run_dir}."
@@ -123,7 +123,7 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
     strategy = build_strategy(setup)
     _restore(strategy, strategy_state)
     store = ClientStore(store_root(config, run_dir), writable=False)
-    app = make_client_app(setup, _client_half(setup), store, explain=False)
+    app = make_client_app(setup, setup.client_half, store, explain=False)
     with InProcess().open(
         lambda: app, num_clients=setup.federation.num_clients, threads=setup.local.threads, device=config["device"]
     ) as grid:
@@ -145,14 +145,10 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
 def build_strategy(setup: Setup) -> Strategy:
     """The server half that the configuration names."""
     strategy = instantiate(setup.config["strategy"]["server"], server=setup.server())
-    _client_half(setup)  # bad client settings are bad input, not a failure of every client
+    _ = setup.client_half  # bad client settings are bad input, not a failure of every client
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy.server must be a flwr.serverapp.strategy.Strategy, got {type(strategy).__name__}")
     return strategy
-
-
-def _client_half(setup: Setup) -> Any:
-    return instantiate(setup.config["strategy"]["client"])
 
 
 def store_root(config: Mapping[str, Any], run_dir: Path) -> Path:
@@ -185,7 +181,7 @@ def _make_writable(folder: Path, key: str) -> None:
 def load_client_app(config: Mapping[str, Any], run_dir: Path) -> Any:
     """The `ClientApp` of a run, built where the clients run (a Ray worker imports this by name)."""
     setup = Setup(config, run_dir)
-    return make_client_app(setup, _client_half(setup), ClientStore(store_root(config, run_dir)))
+    return make_client_app(setup, setup.client_half, ClientStore(store_root(config, run_dir)))
 
 
 @contextlib.contextmanager
@@ -194,7 +190,7 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
     config = setup.config
     settings = InProcess() if config["strategy"]["client"] is None else instantiate(config["grid"])
     if isinstance(settings, InProcess):
-        app = make_client_app(setup, _client_half(setup), ClientStore(store_root(config, run_dir)))
+        app = make_client_app(setup, setup.client_half, ClientStore(store_root(config, run_dir)))
         load_app = lambda: app  # noqa: E731
     else:
         load_app = partial(load_client_app, dict(config), run_dir.resolve())
@@ -223,9 +219,10 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]
         if rounds := checkpoints.rounds():
             arrays, _, progressed = checkpoints.load(rounds[-1])
             newest = State(arrays=arrays, progressed=progressed)
-            _finish(setup, run_dir, newest, "stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            _finish(setup, strategy, run_dir, newest, ended)
         raise
-    return _finish(setup, run_dir, state, status)
+    return _finish(setup, strategy, run_dir, state, status)
 
 
 def _work(
@@ -263,16 +260,16 @@ def _work(
         return loop.run(state, deadline=deadline)
 
 
-def _finish(setup: Setup, run_dir: Path, state: State, status: str) -> dict[str, Any]:
+def _finish(setup: Setup, strategy: Strategy, run_dir: Path, state: State, status: str) -> dict[str, Any]:
     if status == "completed" and state.progressed.global_model:
         save_models(setup, state.arrays, run_dir / "models")
-    summary = summarise(setup, state, status)
+    summary = summarise(setup, strategy, state, status)
     write_json(run_dir / "summary.json", summary)
     return summary
 
 
-def summarise(setup: Setup, state: State, status: str) -> dict[str, Any]:
-    """What `summary.json` holds after the last finished round."""
+def summarise(setup: Setup, strategy: Strategy, state: State, status: str) -> dict[str, Any]:
+    """What `summary.json` holds after the last finished round; `notes` is what the strategy has to say of itself."""
     progressed = state.progressed
     families = {
         family: {**metrics, "num_clients": int(metrics.get("num_clients", progressed.num_trained.get(family, 0)))}
@@ -288,6 +285,7 @@ def summarise(setup: Setup, state: State, status: str) -> dict[str, Any]:
         "report_family": setup.report_family,
         **reported,
         "families": families,
+        "notes": strategy.notes() if hasattr(strategy, "notes") else [],
         "uplink_bytes": progressed.uplink_bytes,
         "downlink_bytes": progressed.downlink_bytes,
         "wall_seconds": progressed.wall_seconds,

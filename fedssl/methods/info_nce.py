@@ -8,15 +8,16 @@ each view is a forward pass of its own, so batch norm's statistics (and its runn
 from dataclasses import dataclass
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedssl.errors import ConfigError
 from fedssl.losses import info_nce
+from fedssl.methods import Method
 from fedssl.models import Model
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoNCE:
+class InfoNCE(Method):
     """InfoNCE with gradient through both views. The number lives in conf/method/info_nce.yaml."""
 
     temperature: float  # > 0
@@ -28,6 +29,8 @@ class InfoNCE:
                 f"0.1 to 0.5 is usual."
             )
 
-    def loss(self, model: Model, x1: Float[Tensor, "b 3 s s"], x2: Float[Tensor, "b 3 s s"]) -> Float[Tensor, ""]:
+    def loss(
+        self, model: Model, state: nn.Module, x1: Float[Tensor, "b 3 s s"], x2: Float[Tensor, "b 3 s s"]
+    ) -> Float[Tensor, ""]:
         """Two forward passes, first views first."""
         return info_nce(model(x1), model(x2), self.temperature)

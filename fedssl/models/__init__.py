@@ -1,6 +1,8 @@
 """A backbone, a projector, and what the rest of the library asks of them."""
 
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,17 +19,63 @@ class Model(nn.Module):
     Args:
         backbone: (b, 3, s, s) images to (b, feature_dim) features, pooled and flattened.
         projector: (b, feature_dim) features to (b, d) projections, which need not be normalised.
+        heads: what the method trains on top of projections, by name (`fedssl.methods.Method.heads`).
     """
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        self.heads = nn.ModuleDict(heads)
 
     def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
         """The projections of a batch of views."""
         projections: Tensor = self.projector(self.backbone(x))
         return projections
+
+
+class TargetEncoder(nn.Module):
+    """A copy of a model's backbone and projector that no gradient reaches: it follows the model, or stays as it is.
+
+    The target network of BYOL and the key encoder of MoCo. In train mode its batch norm sees its own batches.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(model.backbone)
+        self.projector = copy.deepcopy(model.projector)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
+        """The projections of a batch of views."""
+        projections: Tensor = self.projector(self.backbone(x))
+        return projections
+
+    def follow(self, model: Model, decay: float) -> None:
+        """See `move_average`; batch norm's running averages are its own."""
+        move_average(self.backbone, model.backbone, decay, buffers=False)
+        move_average(self.projector, model.projector, decay, buffers=False)
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, online: nn.Module, decay: float, *, buffers: bool) -> None:
+    """Move the average's weights towards the online network's: decay * average + (1 - decay) * online.
+
+    Args:
+        average: the target encoder, changed in place.
+        online: a network of the same architecture.
+        decay: 0 copies, 1 changes nothing.
+        buffers: average the buffers too; those of integers (batch counters) are copied. If not, they are left alone.
+    """
+    ours, theirs = (
+        itertools.chain(network.parameters(), network.buffers() if buffers else ()) for network in (average, online)
+    )
+    for old, new in zip(ours, theirs, strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:
+            old.copy_(new)
 
 
 @contextmanager

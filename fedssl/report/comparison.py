@@ -228,7 +228,8 @@ def _section_notes(section: Section) -> list[str]:
         notes.append(f"{plural(left_out, 'run')} did not complete: not in the means.")
     if all(len(group.completed) < 2 for group in section.groups):
         notes.append("One seed each: differences of the size of the spread over seeds mean nothing.")
-    return notes
+    said = dict.fromkeys((group.label, note) for group in section.groups for run in group.runs for note in run.notes)
+    return notes + [f"{label}: {note}." for label, note in said]
 
 
 def _section_pictures(section: Section) -> list[Picture]:

@@ -41,7 +41,7 @@ def run_page(run: Run, siblings: Sequence[Run]) -> str:
             "verdict": _verdict(run, comparable, labels),
             "tiles": _tiles(run),
             "controls": _controls(run, comparable, labels),
-            "control_notes": _control_notes(siblings, comparable),
+            "control_notes": [*_control_notes(siblings, comparable), *(f"{note}." for note in run.notes)],
             "families": _families(run),
             "curves": _curves(run),
             "federation": _federation(run),

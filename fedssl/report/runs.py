@@ -76,6 +76,11 @@ class Run:
         return str(node.get("name") or (target[1] if target[0] == "strategies" and len(target) > 1 else target[-1]))
 
     @property
+    def notes(self) -> list[str]:
+        """What the strategy has to say of its own figures."""
+        return [str(note) for note in self.summary.get("notes") or []]
+
+    @property
     def data(self) -> str:
         """Name of the private images."""
         node = self.config.get("data")
