@@ -81,6 +81,8 @@ def remembering(folder: Path) -> Any:
 
     def remembered(model: Model, images: Any, **settings: Any) -> dict[str, float]:
         device = settings.pop("device")
+        unknown_to_the_key = settings.pop("memory", None), settings.pop("penalty", None)
+        assert not any(unknown_to_the_key), "SimCLR keeps nothing, and no arm of the study has a penalty"
         key = hashlib.sha256()
         for name, value in model_state(model).items():
             key.update(name.encode())

@@ -71,7 +71,7 @@ def test_four_rounds_learn_something_finite(strategy: str, finished: Any) -> Non
     assert all(np.isfinite(array).all() for array in arrays.values())
     initial = numpy_of(Setup(small(None, f"strategy={strategy}")).server().initial_arrays())
     changed = any(not np.array_equal(arrays[name], initial[name]) for name in arrays)
-    assert changed == (strategy != "local_only")  # whose models live with the clients
+    assert changed == (run_dir / "models").is_dir()  # or the models live with the clients
     for row in rows(run_dir, "eval"):
         assert all(0 <= value <= 1 for name, value in row["metrics"].items() if name.split("_std")[0].endswith("top1"))
 
@@ -96,7 +96,7 @@ def test_a_run_killed_between_rounds_and_resumed_equals_one_that_was_not(
             {name: value.numpy() for name, value in memory.read(partition, before=9).items()} for memory in memories
         )
         assert_same(ours, theirs)
-        assert (ours != {}) == (strategy == "local_only")
+        assert ours != {} or strategy != "local_only"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

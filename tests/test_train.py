@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, FedSSLError
+from fedssl.methods import Method
+from fedssl.methods.byol import BYOL
 from fedssl.methods.info_nce import InfoNCE
 from fedssl.methods.simclr import SimCLR
 from fedssl.models import Model, evaluating, feature_dim
@@ -48,12 +50,14 @@ class Jitter:
 
 
 @dataclass
-class Recorded:
-    """Stands for a method; its losses are given."""
+class Recorded(Method):
+    """A method whose losses are given."""
 
     losses: list[float]
 
-    def loss(self, model: Model, x1: Tensor, x2: Tensor) -> Float[Tensor, ""]:
+    def loss(
+        self, model: Model, state: nn.Module, x1: Float[Tensor, "b 3 s s"], x2: Float[Tensor, "b 3 s s"]
+    ) -> Float[Tensor, ""]:
         value: Tensor = model(torch.cat([x1, x2])).sum() * 0 + self.losses.pop(0)
         return value
 
@@ -367,3 +371,35 @@ def test_it_learns_digits_without_labels() -> None:
     untrained = accuracy(backbone)
     run(Model(backbone, head), private, views=views, batch_size=64, epochs=8)
     assert accuracy(backbone) > untrained + 0.1
+
+
+# what a method keeps, and what a strategy adds
+
+
+def test_two_trainings_with_one_memory_are_not_two_that_forget() -> None:
+    """The target network goes on where it was; without memory it starts as a copy each time."""
+    method = BYOL(ema_decay=0.9, predictor_dim=8)
+    ended = []
+    for memory in ({}, None):
+        with seeded_init(0, "test"):
+            head = MLP(in_dim=32, hidden_dim=None, out_dim=8, batch_norm=False)
+            model = Model(Conv4(width=4), head, method.heads(8))
+        for round_num in (1, 2):
+            run(model, image_set(8), method=method, memory=memory, round_num=round_num)
+            if memory is not None:
+                assert set(memory) == set(method.new_state(model).state_dict())
+                assert not torch.equal(memory["projector.out.weight"], model.projector.out.weight)  # type: ignore[union-attr]
+        ended.append(weights(model))
+    assert not equal(*ended)
+
+
+def test_a_penalty_is_added_to_the_loss() -> None:
+    """A constant moves no weight; one with a gradient does."""
+    plain, constant, pulled = new_model(), new_model(), new_model()
+    without = run(plain, image_set(8))
+    shifted = run(constant, image_set(8), penalty=lambda model, x1, x2: torch.tensor(3.0))
+    assert equal(weights(plain), weights(constant))
+    assert shifted["loss"] == pytest.approx(without["loss"] + 3)
+    assert shifted["penalty"] == 3
+    run(pulled, image_set(8), penalty=lambda model, x1, x2: model.projector[1].out.weight.square().sum())
+    assert not equal(weights(plain), weights(pulled))
