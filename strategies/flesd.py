@@ -88,7 +88,7 @@ class FLESDClient:
         arrays, measures = client.similarities(model, embedding=self.embedding, codec=self.codec)
         metrics |= measures | {f"distill_{name}": value for name, value in learned.items()}
         if self.probe:
-            metrics["linear_top1"] = client.evaluate(model)["linear_top1"]
+            metrics["linear_top1"] = client.linear_top1(model)
         if self.distillation.student_init == "fedavg_of_family":
             arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)

@@ -101,6 +101,11 @@ def test_separable_classes_score_1(blocks: tuple[ImageSet, ImageSet]) -> None:
         assert value == (0.0 if name.endswith("_std") else 1.0), name
 
 
+def test_the_linear_probe_alone_is_the_same(blocks: tuple[ImageSet, ImageSet]) -> None:
+    probes = evaluator(*blocks)
+    assert probes.linear_top1(nn.Flatten()) == probes(nn.Flatten())["linear_top1"]
+
+
 def test_random_labels_score_chance() -> None:
     rng = np.random.default_rng(0)
     train, test = (image_set(rng.integers(0, 4, n), seed, signal=0) for n, seed in ((400, 0), (1000, 1)))

@@ -460,15 +460,6 @@ def test_another_data_set_as_public_set(tmp_path: Path) -> None:
 # --- Ray ---
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the garbage collector
-def test_ray_equals_in_process_bit_for_bit(flesd: Path, tmp_path: Path) -> None:
-    """Weights, every metric and every byte in both directions."""
-    fedssl.run(small(tmp_path / "run", *FLESD, *ON_RAY))
-    assert_same_run(tmp_path / "run", flesd)
-    assert rows(tmp_path / "run") == rows(flesd)
-
-
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_kill_9_of_a_worker_costs_nothing_but_time(flesd: Path, tmp_path: Path) -> None:
     """Named with its partition, run again, and the sum is the same."""
     config = small(tmp_path / "run", *FLESD, *ON_RAY)

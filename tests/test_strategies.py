@@ -28,6 +28,7 @@ from strategies.flesd import FLESD
 from strategies.public_only import PublicOnly
 from tests.federation_helpers import (
     FAMILIES,
+    ON_RAY,
     STRATEGIES,
     WITH_CLIENTS,
     Numpy,
@@ -120,6 +121,16 @@ def test_the_order_of_replies_does_not_matter(strategy: str, tmp_path: Path) -> 
         assert again is not None
         assert_same(numpy_of(arrays), numpy_of(again))
         assert without_clock(dict(metrics or {})) == without_clock(dict(metrics_again or {}))
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the garbage collector
+@pytest.mark.parametrize("strategy", WITH_CLIENTS)
+def test_ray_equals_in_process_bit_for_bit(strategy: str, finished: Any, tmp_path: Path) -> None:
+    """Weights, every metric and every byte in both directions."""
+    simulation.run(small(tmp_path / "run", f"strategy={strategy}", *FOUR_ROUNDS, *ON_RAY))
+    assert_same(final_arrays(tmp_path / "run"), final_arrays(finished(strategy)))
+    assert rows(tmp_path / "run") == rows(finished(strategy))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

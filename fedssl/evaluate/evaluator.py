@@ -105,6 +105,23 @@ class Evaluator:
         Raises:
             FedSSLError: a feature is not finite.
         """
+        train, test = self.features(backbone)
+        return self._probe(train, test)
+
+    def raw_pixels(self) -> dict[str, float]:
+        """The same probes on the pixels themselves: what a representation has to beat."""
+        return self(nn.Flatten())
+
+    def linear_top1(self, backbone: nn.Module) -> float:
+        """The linear probe alone: kNN and the draws of few labels take time, too."""
+        return self._linear_top1(*standardise(*self.features(backbone)))
+
+    def features(self, backbone: nn.Module) -> tuple[Float[Tensor, "n d"], Float[Tensor, "t d"]]:
+        """Of the training and the test images, on the evaluator's device, not yet standardised.
+
+        Raises:
+            FedSSLError: one is not finite.
+        """
         train, test = (
             extract_features(backbone, images, self.views, self.evaluation.batch_size, self.device).to(self.device)
             for images in (self.train, self.test)
@@ -115,25 +132,26 @@ class Evaluator:
                     f"the backbone's features of {images.name} contain NaN or infinity: its weights are of no use. "
                     f"Lower the learning rate it was trained with."
                 )
-        return self._probe(train, test)
+        return train, test
 
-    def raw_pixels(self) -> dict[str, float]:
-        """The same probes on the pixels themselves: what a representation has to beat."""
-        return self(nn.Flatten())
+    def _linear_top1(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> float:
+        """Of standardised features."""
+        linear, logistic = self.evaluation.linear, self.evaluation.logistic
+        classifier, _ = linear.fit(
+            train, self.train_labels, num_classes=self.train.num_classes, split=self.split, logistic=logistic
+        )
+        return self._top1(classifier.predict(test))
 
     def _probe(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, float]:
         """All metrics of one pair of features."""
-        knn, linear, labels = self.evaluation.knn, self.evaluation.linear, self.evaluation.labels
+        knn, labels = self.evaluation.knn, self.evaluation.labels
         num_classes, logistic = self.train.num_classes, self.evaluation.logistic
 
         predictions = knn.predict(train, self.train_labels, test, num_classes)
         metrics = {"knn_top1": self._top1(predictions)}
 
         train, test = standardise(train, test)
-        classifier, _ = linear.fit(
-            train, self.train_labels, num_classes=num_classes, split=self.split, logistic=logistic
-        )
-        metrics["linear_top1"] = self._top1(classifier.predict(test))
+        metrics["linear_top1"] = self._linear_top1(train, test)
 
         for count, draws in self.draws.items():
             accuracies = labels.accuracies(

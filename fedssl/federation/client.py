@@ -211,6 +211,11 @@ class Client:
         with self.doing("evaluation"):
             return self.evaluator()(model.backbone)
 
+    def linear_top1(self, model: Model) -> float:
+        """Of all probes the linear one, likewise."""
+        with self.doing("evaluation"):
+            return self.evaluator().linear_top1(model.backbone)
+
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator for this client's draws of this round."""
         return generator(self.seed, purpose, self.round_num, self.partition_id)
