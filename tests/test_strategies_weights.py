@@ -2,14 +2,23 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from fedssl.errors import ConfigError
 from fedssl.federation import simulation
-from fedssl.federation.records import Upload, model_state
+from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.records import Upload, family_state, model_state, to_arrays
+from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
+from fedssl.models import Model
+from strategies.fedprox import FedProxClient, proximal_term
 from tests.federation_helpers import (
     FAMILIES,
     Numpy,
@@ -22,7 +31,7 @@ from tests.federation_helpers import (
 )
 
 BYOL = ("method=byol", "method.predictor_dim=8")
-WEIGHT_STRATEGIES = ("fedavg",)
+WEIGHT_STRATEGIES = ("fedavg", "fedprox")
 
 
 def run(run_dir: Path, *overrides: str) -> Numpy:
@@ -74,7 +83,7 @@ def test_an_upload_is_the_model_and_no_target_network(strategy: str, tmp_path: P
         assert target  # which there is, but it stays
 
 
-@pytest.mark.parametrize("strategy", ["fedavg"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox"])
 def test_a_cohorts_mean_is_over_the_cohort(strategy: str, tmp_path: Path) -> None:
     """Shares are of those who came: of conv4_4's two clients both, or the one that did; others' weights stay."""
     setup, server_half, _, replies = first_round(
@@ -91,3 +100,123 @@ def test_a_cohorts_mean_is_over_the_cohort(strategy: str, tmp_path: Path) -> Non
             key = f"{family}/{name}"
             mean = sum(upload.num_images / total * upload.arrays[key].astype(np.float64) for upload in its)
             np.testing.assert_allclose(merged[key].numpy(), mean if its else initial.numpy(), rtol=1e-5, atol=1e-8)
+
+
+# --- what is FedAvg in disguise ---
+@pytest.fixture(scope="module")
+def fedavg(tmp_path_factory: pytest.TempPathFactory) -> Numpy:
+    """Weights of FedAvg with BYOL after three rounds."""
+    return run(tmp_path_factory.mktemp("runs") / "fedavg", "strategy=fedavg", *BYOL, "federation.num_rounds=3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "equal"),
+    [
+        (("strategy=fedprox", "strategy.client.mu=0"), True),
+        (("strategy=fedprox",), False),
+    ],
+    ids=lambda value: "-".join(value).replace("strategy", "") if isinstance(value, tuple) else str(value),
+)
+def test_the_setting_that_makes_it_fedavg(
+    overrides: tuple[str, ...], equal: bool, fedavg: Numpy, tmp_path: Path
+) -> None:
+    """Bit for bit; and with the shipped setting, or the opposite, it is not."""
+    arrays = run(tmp_path / "run", *overrides, *BYOL, "federation.num_rounds=3")
+    assert arrays.keys() == fedavg.keys()
+    assert equal == all(np.array_equal(arrays[name], fedavg[name]) for name in arrays)
+    if equal:
+        assert_same(arrays, fedavg)
+
+
+# --- clients whose training is known ---
+def client_of(client_half: str, *, partition: int = 2) -> tuple[Client, Broadcast]:
+    """A client of family `tiny`, and the broadcast of the initial weights."""
+    setup = Setup(small(None, f"strategy={client_half}", *BYOL))
+    client = setup.client(partition, 1)
+    return client, broadcast(model_state(setup.build_model("tiny")))
+
+
+def broadcast(state: Mapping[str, Tensor]) -> Broadcast:
+    return Broadcast(round_num=1, num_rounds=9, family="tiny", arrays=to_arrays({"tiny": state}))
+
+
+def trains_by(client: Client, change: float) -> list[dict[str, Tensor]]:
+    """Let the client's training add `change` to every number of the model; returns the states it starts from."""
+    starts: list[dict[str, Tensor]] = []
+
+    def train(model: Model, *, epochs: int, **_: Any) -> dict[str, float]:
+        starts.append({name: value.clone() for name, value in model_state(model).items()})
+        with torch.no_grad():
+            for value in model_state(model).values():
+                value.add_(change)
+        return {"loss": 0.0}
+
+    client.train = train  # type: ignore[method-assign, assignment]
+    return starts
+
+
+def assert_moved(state: Mapping[str, Tensor], start: Mapping[str, Tensor], by: float, *, part: str = "") -> None:
+    """Every weight of `part` is the one of `start` plus a number."""
+    names = [name for name in start if name.startswith(part)]
+    assert names
+    for name in names:
+        torch.testing.assert_close(state[name], start[name] + by, rtol=1e-5, atol=1e-6)
+
+
+def trained_names(client: Client) -> set[str]:
+    return {name for name, _ in client.build_model("tiny").named_parameters()}
+
+
+# --- FedProx ---
+def test_the_proximal_term_by_hand() -> None:
+    """mu / 2 * (3^2 + 4^2 + 2^2), and its gradient mu * (w - w_global); the head counts as the backbone does."""
+    model = Model(nn.Linear(2, 1, bias=False), nn.Identity(), {"predictor": nn.Linear(1, 1, bias=False)})
+    backbone, head = model.backbone.weight, model.heads["predictor"].weight  # type: ignore[union-attr]
+    with torch.no_grad():
+        backbone.copy_(torch.tensor([[1.0, 2.0]]))  # type: ignore[operator]
+        head.fill_(5.0)  # type: ignore[operator]
+    term = proximal_term(model, 0.5)
+    x = torch.zeros(1, 2)
+    assert term(model, x, x) == 0
+    with torch.no_grad():
+        backbone.add_(torch.tensor([[3.0, 4.0]]))  # type: ignore[operator]
+        head.sub_(2.0)  # type: ignore[operator]
+    value = term(model, x, x)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert value == 0.5 / 2 * 29
+    torch.testing.assert_close(backbone.grad, torch.tensor([[1.5, 2.0]]))
+    torch.testing.assert_close(head.grad, torch.tensor([[-1.0]]))
+
+
+def test_the_proximal_term_leaves_running_averages_alone() -> None:
+    model = Model(nn.BatchNorm1d(2), nn.Identity()).train()
+    term = proximal_term(model, 1.0)
+    model.backbone(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert model.backbone.running_mean[0] != 0  # type: ignore[index, union-attr]
+    assert term(model, torch.zeros(1, 2), torch.zeros(1, 2)) == 0
+
+
+def test_a_larger_mu_stays_nearer() -> None:
+    """Trained for real: the distance from the broadcast falls with mu."""
+    distances = []
+    for mu in (0.0, 1.0, 100.0):
+        client, initial = client_of("fedprox")
+        upload = FedProxClient(local_epochs=2, mu=mu)(client, initial)
+        start = family_state(initial.arrays, "tiny")
+        moved = [upload.arrays[f"tiny/{name}"] - start[name].numpy() for name in trained_names(client)]
+        distances.append(math.sqrt(sum(float((d**2).sum()) for d in moved)))
+        assert (upload.metrics["penalty"] > 0) == (mu > 0)
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+# --- settings ---
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("strategy=fedprox strategy.client.mu=-1", r"strategy\.client\.mu must be at least 0 .* got -1"),
+        ("strategy=fedprox strategy.client.mu=inf", r"strategy\.client\.mu must be at least 0 .* got inf"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        simulation.run(small(tmp_path / "run", *override.split()))
