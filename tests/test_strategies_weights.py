@@ -1,6 +1,7 @@
 """The strategies that exchange weights: what each does to them, by hand; and that all do it with a target network."""
 
 import itertools
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ from fedssl.federation import simulation
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.records import Upload, family_state, model_state, to_arrays
 from fedssl.federation.setup import Setup
+from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
 from fedssl.models import Model
 from strategies.fedprox import FedProxClient, proximal_term
+from strategies.fedu import FedUClient, layers, mean_distance
 from tests.federation_helpers import (
     FAMILIES,
     Numpy,
@@ -31,7 +34,7 @@ from tests.federation_helpers import (
 )
 
 BYOL = ("method=byol", "method.predictor_dim=8")
-WEIGHT_STRATEGIES = ("fedavg", "fedprox")
+WEIGHT_STRATEGIES = ("fedavg", "fedprox", "fedu")
 
 
 def run(run_dir: Path, *overrides: str) -> Numpy:
@@ -83,7 +86,7 @@ def test_an_upload_is_the_model_and_no_target_network(strategy: str, tmp_path: P
         assert target  # which there is, but it stays
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedprox"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedu"])
 def test_a_cohorts_mean_is_over_the_cohort(strategy: str, tmp_path: Path) -> None:
     """Shares are of those who came: of conv4_4's two clients both, or the one that did; others' weights stay."""
     setup, server_half, _, replies = first_round(
@@ -114,6 +117,8 @@ def fedavg(tmp_path_factory: pytest.TempPathFactory) -> Numpy:
     [
         (("strategy=fedprox", "strategy.client.mu=0"), True),
         (("strategy=fedprox",), False),
+        (("strategy=fedu", "strategy.client.threshold=inf"), True),
+        (("strategy=fedu", "strategy.client.threshold=0"), False),
     ],
     ids=lambda value: "-".join(value).replace("strategy", "") if isinstance(value, tuple) else str(value),
 )
@@ -126,6 +131,15 @@ def test_the_setting_that_makes_it_fedavg(
     assert equal == all(np.array_equal(arrays[name], fedavg[name]) for name in arrays)
     if equal:
         assert_same(arrays, fedavg)
+
+
+def test_fedu_without_a_predictor_is_fedavg_and_says_so(tmp_path: Path) -> None:
+    assert_same(run(tmp_path / "fedu", "strategy=fedu"), run(tmp_path / "fedavg", "strategy=fedavg"))
+    summary = json.loads((tmp_path / "fedu/summary.json").read_text())
+    assert "the method has no predictor: here FedU is FedAvg" in summary["notes"]
+    assert all("divergence" not in row["metrics"] for row in rows(tmp_path / "fedu", "client"))
+    with_predictor = build_strategy(Setup(small(None, "strategy=fedu", *BYOL)))
+    assert not any("FedU" in note for note in with_predictor.notes())
 
 
 # --- clients whose training is known ---
@@ -209,12 +223,58 @@ def test_a_larger_mu_stays_nearer() -> None:
     assert distances[0] > distances[1] > distances[2] > 0
 
 
+# --- FedU ---
+def test_fedus_divergence_by_hand() -> None:
+    """|(3, 4)| = 5 and |(1)| = 1: 3 on average."""
+    start = [torch.zeros(1, 2), torch.ones(1, 1)]
+    assert mean_distance(start, [torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1)]) == 3
+    assert mean_distance(start, start) == 0
+    assert mean_distance([], []) == 0
+
+
+def test_fedus_layers_are_the_backbones_convolutions() -> None:
+    setup = Setup(small(None, *BYOL))
+    assert [tuple(weight.shape) for weight in layers(setup.build_model("tiny"))] == [(6, 3, 5, 5)]
+    assert [len(weight) for weight in layers(setup.build_model("conv4_2"))] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(("change", "keeps_own"), [(0.01, False), (0.1, True)])
+def test_fedu_keeps_its_predictor_after_a_training_that_changed_much(change: float, keeps_own: bool) -> None:
+    """450 numbers of one convolution moved by .01 or .1 are .21 or 2.1 away, to either side of .4."""
+    client, initial = client_of("fedu")
+    starts = trains_by(client, change)
+    half = FedUClient(local_epochs=1, threshold=0.4)
+    first = half(client, initial)
+    assert first.metrics["divergence"] == pytest.approx(change * math.sqrt(450), rel=1e-4)
+    assert first.metrics["own_predictor"] == 0
+    state = family_state(initial.arrays, "tiny")
+    assert_moved(starts[0], state, 0)
+    aggregated = {name: value + 1 for name, value in state.items()}
+    second = half(client, broadcast(aggregated))
+    assert second.metrics["own_predictor"] == keeps_own
+    assert_moved(starts[1], state, change if keeps_own else 1, part="heads.predictor")  # its running averages, too
+    assert_moved(starts[1], state, 1, part="backbone")
+    assert_moved(starts[1], state, 1, part="projector")
+
+
+def test_fedu_decides_by_the_last_training_alone() -> None:
+    """A large change and then a small one: the third round takes the global predictor again."""
+    client, initial = client_of("fedu")
+    half = FedUClient(local_epochs=1, threshold=0.4)
+    own = []
+    for change in (0.1, 0.01, 0.01):
+        trains_by(client, change)
+        own.append(half(client, initial).metrics["own_predictor"])
+    assert own == [0, 1, 0]
+
+
 # --- settings ---
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("strategy=fedprox strategy.client.mu=-1", r"strategy\.client\.mu must be at least 0 .* got -1"),
         ("strategy=fedprox strategy.client.mu=inf", r"strategy\.client\.mu must be at least 0 .* got inf"),
+        ("strategy=fedu strategy.client.threshold=-.1", r"strategy\.client\.threshold must be at least 0 .* got -0\.1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
