@@ -20,6 +20,7 @@ from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
 from fedssl.models import Model
+from strategies.fedema import SCALE, FedEMAClient, encoder_distance
 from strategies.fedprox import FedProxClient, proximal_term
 from strategies.fedu import FedUClient, layers, mean_distance
 from tests.federation_helpers import (
@@ -34,7 +35,7 @@ from tests.federation_helpers import (
 )
 
 BYOL = ("method=byol", "method.predictor_dim=8")
-WEIGHT_STRATEGIES = ("fedavg", "fedprox", "fedu")
+WEIGHT_STRATEGIES = ("fedavg", "fedprox", "fedu", "fedema")
 
 
 def run(run_dir: Path, *overrides: str) -> Numpy:
@@ -86,7 +87,7 @@ def test_an_upload_is_the_model_and_no_target_network(strategy: str, tmp_path: P
         assert target  # which there is, but it stays
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedu"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedu", "fedema"])
 def test_a_cohorts_mean_is_over_the_cohort(strategy: str, tmp_path: Path) -> None:
     """Shares are of those who came: of conv4_4's two clients both, or the one that did; others' weights stay."""
     setup, server_half, _, replies = first_round(
@@ -119,6 +120,9 @@ def fedavg(tmp_path_factory: pytest.TempPathFactory) -> Numpy:
         (("strategy=fedprox",), False),
         (("strategy=fedu", "strategy.client.threshold=inf"), True),
         (("strategy=fedu", "strategy.client.threshold=0"), False),
+        (("strategy=fedema", "strategy.client.tau=0"), True),
+        (("strategy=fedema", "strategy.client.scale=0"), True),
+        (("strategy=fedema",), False),
     ],
     ids=lambda value: "-".join(value).replace("strategy", "") if isinstance(value, tuple) else str(value),
 )
@@ -268,6 +272,71 @@ def test_fedu_decides_by_the_last_training_alone() -> None:
     assert own == [0, 1, 0]
 
 
+# --- FedEMA ---
+def test_fedemas_divergence_by_hand() -> None:
+    """sqrt(3^2 + 4^2 + 12^2) = 13 over backbone and projector; the predictor does not count."""
+    a, b = (
+        Model(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False), {"predictor": nn.Linear(1, 1)})
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        for model, backbone, projector, head in ((a, [0.0, 0.0], 0.0, 0.0), (b, [3.0, -4.0], 12.0, 9.0)):
+            model.backbone.weight.copy_(torch.tensor([backbone]))  # type: ignore[union-attr, operator]
+            model.projector.weight.fill_(projector)  # type: ignore[union-attr, operator]
+            model.heads["predictor"].weight.fill_(head)  # type: ignore[union-attr, operator]
+    assert encoder_distance(a, b) == encoder_distance(b, a) == 13
+    assert encoder_distance(a, a) == 0
+
+
+def test_fedema_three_rounds_by_hand() -> None:
+    """The global weights stay at W while the client's move, in units of c: the autoscaler makes mu = .7 at distance c.
+
+    Round 1 starts at W and ends at 1. Round 2: distance 1, mu .7, start .7, and training adds .5. Round 3: distance
+    1.2, mu .84, start .84 * 1.2 = 1.008.
+    """
+    client, initial = client_of("fedema")
+    half = FedEMAClient(local_epochs=1, scale=None, tau=0.7)
+    state, trained, c = family_state(initial.arrays, "tiny"), trained_names(client), 0.01
+    encoder = [name for name in trained if not name.startswith("heads")]
+    norm = math.sqrt(sum(state[name].numel() for name in encoder))
+    expected = [(c, 0.0, None, 0.0), (c / 2, 0.7, 1.0, 0.7), (0.0, 0.84, 1.2, 1.008)]
+    for change, mu, divergence, start in expected:
+        starts = trains_by(client, change)
+        metrics = half(client, initial).metrics
+        assert metrics["mu"] == pytest.approx(mu, rel=1e-3)
+        assert metrics.get("divergence") == (divergence and pytest.approx(divergence * c * norm, rel=1e-3))
+        for name, value in starts[0].items():  # running averages are the broadcast's
+            torch.testing.assert_close(value, state[name] + c * start * (name in trained), rtol=0, atol=1e-6)
+    assert float(client.memory[SCALE]) == pytest.approx(0.7 / (c * norm), rel=1e-3)  # measured once
+
+
+@pytest.mark.parametrize(("share", "mu"), [(0.25, 0.25), (4.0, 1.0)])
+def test_fedemas_fixed_lambda_and_its_bound(share: float, mu: float) -> None:
+    client, initial = client_of("fedema")
+    state, trained = family_state(initial.arrays, "tiny"), trained_names(client)
+    norm = math.sqrt(sum(state[name].numel() for name in trained if not name.startswith("heads")))
+    half = FedEMAClient(local_epochs=1, scale=share / (0.01 * norm), tau=0.7)
+    starts = trains_by(client, 0.01)
+    half(client, initial)
+    assert half(client, initial).metrics["mu"] == pytest.approx(mu, rel=1e-3)
+    for name in trained:
+        torch.testing.assert_close(starts[1][name], state[name] + mu * 0.01, rtol=0, atol=1e-6)
+    assert SCALE not in client.memory
+
+
+def test_fedemas_autoscaler_waits_for_a_divergence() -> None:
+    """The only client of its family gets its own weights back: no division by zero, and FedAvg."""
+    client, initial = client_of("fedema")
+    half = FedEMAClient(local_epochs=1, scale=None, tau=0.7)
+    trains_by(client, 0.5)
+    first = half(client, initial)
+    back = broadcast({name.removeprefix("tiny/"): torch.from_numpy(a.copy()) for name, a in first.arrays.items()})
+    metrics = half(client, back).metrics
+    assert (metrics["mu"], metrics["divergence"]) == (0, 0)
+    assert SCALE not in client.memory
+    assert half(client, back).metrics["mu"] == pytest.approx(0.7)
+
+
 # --- settings ---
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -275,6 +344,8 @@ def test_fedu_decides_by_the_last_training_alone() -> None:
         ("strategy=fedprox strategy.client.mu=-1", r"strategy\.client\.mu must be at least 0 .* got -1"),
         ("strategy=fedprox strategy.client.mu=inf", r"strategy\.client\.mu must be at least 0 .* got inf"),
         ("strategy=fedu strategy.client.threshold=-.1", r"strategy\.client\.threshold must be at least 0 .* got -0\.1"),
+        ("strategy=fedema strategy.client.scale=-1", r"strategy\.client\.scale .* must be at least 0, .* got -1"),
+        ("strategy=fedema strategy.client.tau=1.1", r"strategy\.client\.tau must be between 0 .* and 1 .*got 1\.1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
