@@ -1,5 +1,6 @@
 """The strategies that exchange weights: what each does to them, by hand; and that all do it with a target network."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fedssl.errors import ConfigError
 from fedssl.federation import simulation
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.records import Upload, family_state, model_state, to_arrays
+from fedssl.federation.records import Header, Upload, family_state, model_state, to_arrays
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
@@ -23,19 +24,21 @@ from fedssl.models import Model
 from strategies.fedema import SCALE, FedEMAClient, encoder_distance
 from strategies.fedprox import FedProxClient, proximal_term
 from strategies.fedu import FedUClient, layers, mean_distance
+from strategies.l_dawa import LDAWA, agreement
 from tests.federation_helpers import (
     FAMILIES,
     Numpy,
     assert_same,
     final_arrays,
     first_round,
+    numpy_of,
     rows,
     run_interrupted,
     small,
 )
 
 BYOL = ("method=byol", "method.predictor_dim=8")
-WEIGHT_STRATEGIES = ("fedavg", "fedprox", "fedu", "fedema")
+WEIGHT_STRATEGIES = ("fedavg", "fedprox", "fedu", "fedema", "l_dawa")
 
 
 def run(run_dir: Path, *overrides: str) -> Numpy:
@@ -123,6 +126,8 @@ def fedavg(tmp_path_factory: pytest.TempPathFactory) -> Numpy:
         (("strategy=fedema", "strategy.client.tau=0"), True),
         (("strategy=fedema", "strategy.client.scale=0"), True),
         (("strategy=fedema",), False),
+        (("strategy=l_dawa", "strategy.server.warmup_rounds=3"), True),
+        (("strategy=l_dawa",), False),
     ],
     ids=lambda value: "-".join(value).replace("strategy", "") if isinstance(value, tuple) else str(value),
 )
@@ -337,6 +342,95 @@ def test_fedemas_autoscaler_waits_for_a_divergence() -> None:
     assert half(client, back).metrics["mu"] == pytest.approx(0.7)
 
 
+# --- L-DAWA ---
+class Toy(nn.Module):
+    """A kernel, a bias, a scalar and running averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b, self.s = (nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2,), ()))
+        self.register_buffer("m", torch.zeros(2))
+
+
+def upload_of(w: list[float], b: list[float], s: float, m: list[float], *, partition: int, num_images: int) -> Upload:
+    header = Header(round_num=1, partition_id=partition, family="toy", codec="weights", public_fingerprint="")
+    arrays = {f"toy/{name}": np.float32(value) for name, value in (("w", w), ("b", b), ("s", s), ("m", m))}
+    return Upload(
+        header=header,
+        arrays={name: np.asarray(value) for name, value in arrays.items()},
+        metrics={"num-examples": num_images},
+    )
+
+
+def l_dawa(*, warmup_rounds: int, weighted: bool, round_num: int) -> LDAWA:
+    server = dataclasses.replace(Setup(small(None)).server(), build_model=lambda family: Toy())
+    strategy = LDAWA(server=server, warmup_rounds=warmup_rounds, weighted=weighted)
+    strategy.round_num = round_num
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("round_num", "weighted", "expected"),
+    [  # in round 1, as FedAvg: (30 * (1, 1) + 10 * (0, 2)) / 40
+        (1, False, {"w": [0.75, 1.25], "b": [1.5, 0], "s": 2.5, "m": [0, 1.5]}),
+        (1, True, {"w": [0.75, 1.25], "b": [1.5, 0], "s": 2.5, "m": [0, 1.5]}),
+        (2, False, {"w": [math.sqrt(0.5) / 2] * 2, "b": [2, 0], "s": 3, "m": [0, 2]}),
+        (2, True, {"w": [math.sqrt(0.5) * 3 / 4] * 2, "b": [1.5, 0], "s": 2.5, "m": [0, 1.5]}),
+    ],
+)
+def test_l_dawa_by_hand(round_num: int, weighted: bool, expected: dict[str, Any]) -> None:
+    """Kernels at 45 and 90 degrees from the global one; a global bias of zero, a scalar and running averages."""
+    before = {"w": torch.tensor([1.0, 0]), "b": torch.zeros(2), "s": torch.tensor(1.0), "m": torch.tensor([1.0, 0])}
+    uploads = [
+        upload_of([1, 1], [1, 0], 2, [0, 1], partition=0, num_images=30),
+        upload_of([0, 2], [3, 0], 4, [0, 3], partition=3, num_images=10),
+    ]
+    merged = l_dawa(warmup_rounds=1, weighted=weighted, round_num=round_num).merge("toy", uploads, before)
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name], torch.tensor(value, dtype=torch.float32))
+
+
+def test_agreement_by_hand() -> None:
+    one = np.float32([[3, 0], [0, 0]])
+    assert agreement(one, 7 * one) == 1
+    assert agreement(-one, one) == -1  # as the formula has it: it comes back turned around
+    assert agreement(np.float32([[3, 0], [0, 4]]), one) == pytest.approx(0.6)
+    assert agreement(np.zeros((2, 2), np.float32), one) == agreement(one, np.zeros((2, 2), np.float32)) == 1
+
+
+def test_l_dawa_of_a_real_round_is_the_papers_formula(tmp_path: Path) -> None:
+    """A loop over layers and clients; running averages are plain means."""
+    setup, strategy, messages, replies = first_round(
+        small(None, "strategy=l_dawa", "strategy.server.warmup_rounds=0", "client.optimisation.lr=0.05", *BYOL),
+        tmp_path,
+    )
+    merged, _ = strategy.aggregate_train(1, replies)
+    assert merged is not None
+    uploads = [Upload.from_message(replies[partition]).arrays for partition in (0, 3)]
+    parameters = dict(setup.build_model("conv4_4").named_parameters())
+    agreements = []
+    for key, sent in numpy_of(messages[0].content["arrays"]).items():
+        total = np.zeros(sent.shape)
+        for arrays in uploads:
+            w_k, w_g, cosine = arrays[key].astype(float), sent.astype(float), 1.0
+            if key.removeprefix("conv4_4/") in parameters and w_g.any():
+                cosine = (w_k * w_g).sum() / math.sqrt((w_k * w_k).sum() * (w_g * w_g).sum())
+                agreements.append(cosine)
+            total += cosine * w_k
+        np.testing.assert_allclose(merged[key].numpy(), total / 2, rtol=1e-5, atol=1e-7)
+    assert min(agreements) < 0.95
+
+
+def test_l_dawa_says_when_it_was_only_warming_up() -> None:
+    notes = {
+        rounds: build_strategy(Setup(small(None, "strategy=l_dawa", f"strategy.server.warmup_rounds={rounds}"))).notes()
+        for rounds in (1, 2)
+    }
+    assert not any("L-DAWA" in note for note in notes[1])
+    assert "every round was a warm-up round: here L-DAWA is FedAvg" in notes[2]
+
+
 # --- settings ---
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -346,6 +440,7 @@ def test_fedemas_autoscaler_waits_for_a_divergence() -> None:
         ("strategy=fedu strategy.client.threshold=-.1", r"strategy\.client\.threshold must be at least 0 .* got -0\.1"),
         ("strategy=fedema strategy.client.scale=-1", r"strategy\.client\.scale .* must be at least 0, .* got -1"),
         ("strategy=fedema strategy.client.tau=1.1", r"strategy\.client\.tau must be between 0 .* and 1 .*got 1\.1"),
+        ("strategy=l_dawa strategy.server.warmup_rounds=-1", r"warmup_rounds must be at least 0, got -1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
