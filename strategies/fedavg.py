@@ -4,7 +4,14 @@ McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629, with a self-
 running statistics are averaged like weights. Departs from the paper: nothing is shared between families, so a family
 with one client is local training that passes through the server.
 
-The paper weights clients by their number of images (`weighted: true`); FLESD's baseline weights them equally.
+The paper weights clients by their number of images (`weighted: true`); FLESD's baseline weights them equally. The
+weights are those of the clients that answered: a family's mean is over them alone, and one that nobody answered for
+keeps its weights.
+
+What travels is the model: backbone, projector and the method's heads, so BYOL's predictor is averaged, too. What a
+method keeps beside it, a target network or a queue, stays with its client from round to round: there a broadcast
+replaces the online network, and the target network goes on from where it was and follows the new one. That is FedBYOL
+in FedEMA's tables (https://arxiv.org/abs/2204.04385).
 """
 
 from collections.abc import Mapping, Sequence
