@@ -1,6 +1,7 @@
 """Every random draw has a named source, derived from the run's one seed. Nothing uses a global generator."""
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,3 +40,17 @@ def seeded_init(seed: int, purpose: str, round_num: int = 0, partition_id: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, purpose, round_num, partition_id))
         yield
+
+
+@contextmanager
+def seeded_globals(seed: int, purpose: str, round_num: int = 0) -> Iterator[None]:
+    """Inside, Python's and numpy's global generators are seeded, for code of others; outside, they are untouched."""
+    before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    derived = derive_seed(seed, purpose, round_num)
+    random.seed(derived)
+    np.random.seed(derived % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)  # noqa: NPY002

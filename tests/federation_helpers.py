@@ -59,6 +59,8 @@ SMALL = (
     "evaluate.linear.l2=[0.01]",
     "evaluate.logistic.max_iterations=5",
 )
+NEEDS = {"bulyan": ("federation.families=[conv4_4]",)}  # strategy -> what it asks of a federation: 3 clients a family
+COHORTS = {"bulyan": 3}  # strategy -> the smallest cohort that is one to it; else 2
 ON_RAY = ("grid=ray", "grid.workers=2", "grid.gpus=2")  # the Ray of test_grids_ray.py, which sees two GPUs: one start
 
 
@@ -172,7 +174,8 @@ class CountsThreads:
 @lru_cache
 def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     sized = "public=client_shard" not in overrides  # a shard has the size it has
-    return compose([*(o for o in SMALL if sized or not o.startswith("public.size=")), *overrides])
+    needs = [need for o in overrides for need in NEEDS.get(o.removeprefix("strategy="), ())]
+    return compose([*(o for o in SMALL if sized or not o.startswith("public.size=")), *needs, *overrides])
 
 
 def small(run_dir: Path | None = None, *overrides: str) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result
 
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
-from fedssl.federation.flower_compat import identify_process, stamp
+from fedssl.federation.flower_compat import SERVER_NODE_ID, identify_process, make_context, stamp
 from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
 from fedssl.federation.server import image_passes
 from fedssl.federation.setup import Setup
@@ -27,6 +29,7 @@ from strategies.fedavg import FedAvg
 from strategies.flesd import FLESD
 from strategies.public_only import PublicOnly
 from tests.federation_helpers import (
+    COHORTS,
     FAMILIES,
     ON_RAY,
     STRATEGIES,
@@ -135,18 +138,24 @@ def test_ray_equals_in_process_bit_for_bit(strategy: str, finished: Any, tmp_pat
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_cohort_smaller_than_the_federation(strategy: str, tmp_path: Path) -> None:
-    overrides = (f"strategy={strategy}", "federation.cohort_size=2", "federation.num_rounds=3", "evaluate.every=9")
+    size = COHORTS.get(strategy, 2)
+    overrides = (
+        f"strategy={strategy}",
+        f"federation.cohort_size={size}",
+        "federation.num_rounds=3",
+        "evaluate.every=9",
+    )
     summary = simulation.run(small(tmp_path / "run", *overrides))
     assert summary["status"] == "completed"
     cohorts = [
         {row["partition"] for row in rows(tmp_path / "run", "client") if row["round"] == round_num}
         for round_num in (1, 2, 3)
     ]
-    asked = 2 if strategy in WITH_CLIENTS else 0
+    asked = size if strategy in WITH_CLIENTS else 0
     assert [len(cohort) for cohort in cohorts] == [asked] * 3
     assert [row["metrics"]["num_ok"] for row in rows(tmp_path / "run", "round")] == [asked] * 3
     if asked:
-        assert len(set.union(*cohorts)) > 2  # sampled anew in every round
+        assert len(set.union(*cohorts)) > size  # sampled anew in every round
     if strategy == "local_only":  # everybody is evaluated, sampled or not
         assert [summary["families"][family]["num_clients"] for family in FAMILIES] == [4, 1, 1]
 
@@ -161,6 +170,21 @@ def test_flowers_own_loop_learns_the_same_weights(finished: Any, tmp_path: Path)
     assert_same(numpy_of(result.arrays), final_arrays(finished("flesd")))
     losses = [row["metrics"]["tiny/loss"] for row in rows(finished("flesd"), "server")]
     assert [result.train_metrics_clientapp[r]["tiny/loss"] for r in (1, 2, 3, 4)] == losses
+
+
+def test_a_plain_server_app_learns_the_same_weights(finished: Any, tmp_path: Path) -> None:
+    """The strategy in an ordinary Flower `ServerApp`, which knows nothing of our loop."""
+    config = small(None, "strategy=flesd", *FOUR_ROUNDS)
+    learned: list[Result] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        setup = Setup(config)
+        learned.append(build_strategy(setup).start(grid, setup.server().initial_arrays(), num_rounds=4))
+
+    app(open_in_process(config, tmp_path), make_context(SERVER_NODE_ID, {}, RecordDict()))
+    assert_same(numpy_of(learned[0].arrays), final_arrays(finished("flesd")))
 
 
 # --- FedAvg ---

@@ -51,12 +51,13 @@ class LocalTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Broadcast:
-    """What the server sent: the round, and the weights of the client's family if there are any."""
+    """What the server sent: the round, the weights of the client's family if there are any, and what else it tells."""
 
     round_num: int
     num_rounds: int
     family: str
     arrays: ArrayRecord
+    config: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

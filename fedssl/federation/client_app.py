@@ -38,7 +38,11 @@ def make_client_app(
                 f"({client.public_set.fingerprint[:12]}): same images, order and transform are needed, see conf/public"
             )
         arrays = message.content.array_records.get("arrays", ArrayRecord())
-        return client, Broadcast(round_num=round_num, num_rounds=client.num_rounds, family=client.family, arrays=arrays)
+        told = {name: value for name, value in config.items() if name not in ("server-round", "public-fingerprint")}
+        broadcast = Broadcast(
+            round_num=round_num, num_rounds=client.num_rounds, family=client.family, arrays=arrays, config=told
+        )
+        return client, broadcast
 
     def explained(client: Client, error: Exception) -> Exception:
         return ClientError(f"during {client.phase}: {type(error).__name__}: {error}") if explain else error
