@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fedssl.data.images import ImageSet
@@ -105,6 +105,20 @@ class Evaluator:
         Raises:
             FedSSLError: a feature is not finite.
         """
+        train, test = self.features(backbone)
+        accuracies = {name: self.top1(classes) for name, classes in self.predictions(train, test).items()}
+        return {**accuracies, **self.few_labels(train, test)}
+
+    def raw_pixels(self) -> dict[str, float]:
+        """The same probes on the pixels themselves: what a representation has to beat."""
+        return self(nn.Flatten())
+
+    def features(self, backbone: nn.Module) -> tuple[Float[Tensor, "n d"], Float[Tensor, "t d"]]:
+        """Of the training and the test images, on the evaluator's device, not yet standardised.
+
+        Raises:
+            FedSSLError: one is not finite.
+        """
         train, test = (
             extract_features(backbone, images, self.views, self.evaluation.batch_size, self.device).to(self.device)
             for images in (self.train, self.test)
@@ -115,41 +129,37 @@ class Evaluator:
                     f"the backbone's features of {images.name} contain NaN or infinity: its weights are of no use. "
                     f"Lower the learning rate it was trained with."
                 )
-        return self._probe(train, test)
+        return train, test
 
-    def raw_pixels(self) -> dict[str, float]:
-        """The same probes on the pixels themselves: what a representation has to beat."""
-        return self(nn.Flatten())
-
-    def _probe(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, float]:
-        """All metrics of one pair of features."""
-        knn, linear, labels = self.evaluation.knn, self.evaluation.linear, self.evaluation.labels
-        num_classes, logistic = self.train.num_classes, self.evaluation.logistic
-
-        predictions = knn.predict(train, self.train_labels, test, num_classes)
-        metrics = {"knn_top1": self._top1(predictions)}
-
+    def predictions(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, Int64[Tensor, " t"]]:
+        """The class of each test image by the classifiers that see all labels: `knn_top1`, `linear_top1`."""
+        num_classes, evaluation = self.train.num_classes, self.evaluation
+        nearest = evaluation.knn.predict(train, self.train_labels, test, num_classes)
         train, test = standardise(train, test)
-        classifier, _ = linear.fit(
-            train, self.train_labels, num_classes=num_classes, split=self.split, logistic=logistic
+        classifier, _ = evaluation.linear.fit(
+            train, self.train_labels, num_classes=num_classes, split=self.split, logistic=evaluation.logistic
         )
-        metrics["linear_top1"] = self._top1(classifier.predict(test))
+        return {"knn_top1": nearest, "linear_top1": classifier.predict(test)}
 
+    def few_labels(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, float]:
+        """`labels<count>_top1` and its `_std` over the draws, for each number of labels per class."""
+        train, test = standardise(train, test)
+        metrics = {}
         for count, draws in self.draws.items():
-            accuracies = labels.accuracies(
+            accuracies = self.evaluation.labels.accuracies(
                 train,
                 self.train_labels,
                 test,
                 self.test_labels,
                 draws=draws,
-                num_classes=num_classes,
-                logistic=logistic,
+                num_classes=self.train.num_classes,
+                logistic=self.evaluation.logistic,
             )
             metrics[f"labels{count}_top1"] = accuracies.mean().item()
             metrics[f"labels{count}_top1_std"] = accuracies.std().item()
         return metrics
 
-    def _top1(self, predictions: Tensor) -> float:
+    def top1(self, predictions: Int64[Tensor, " t"]) -> float:
         """Fraction of test images whose class is right."""
         return (predictions == self.test_labels).float().mean().item()
 
