@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_of, resolve
+from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_of, overridden, resolve
 from fedssl.errors import ConfigError, FedSSLError
 
 OK, BUG, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 4, 130
@@ -317,21 +317,11 @@ def _saved_summary(path: Path) -> dict[str, Any]:
 
 def _apply(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`config` with the values that `overrides` name; a group choice (grid=in_process) replaces the group."""
-    changed: dict[str, Any] = json.loads(json.dumps(config))
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_sweep_override() or override.is_delete():
-            raise ConfigError(f"{override.input_line}: here an override gives one value, as in key=value")
-        *path, last = override.key_or_group.split(".")
-        node: Any = changed
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        if override.key_or_group == "grid":
-            changed["grid"] = compose([str(override.input_line)])["grid"]
-        elif isinstance(node, dict) and last in node:
-            node[last] = override.value()
-        else:
-            known = f"; {'.'.join(path)} has {', '.join(node)}" if isinstance(node, dict) else ""
-            raise ConfigError(f"{override.input_line}: the run has no such key{known}")
+    changed = dict(config)
+    for override in overrides:
+        if override.startswith("grid="):
+            changed["grid"] = compose([override])["grid"]
+    changed = overridden(changed, [override for override in overrides if not override.startswith("grid=")])
     check_values(changed)
     return changed
 

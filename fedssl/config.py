@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -27,6 +29,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from fedssl.errors import ConfigError
 
 CONFIG_NAME = "config"
+EVALUATION_NAME = "evaluation"
+OF_THE_ROUNDS = ("_target_", "every", "source")  # keys of a run's `evaluate` that mean nothing once it is over
 
 OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
 
@@ -141,6 +145,74 @@ def _named_source(
     resolved = OmegaConf.to_container(source, resolve=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def overridden(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A resolved configuration with the values that overrides `key=value` give; every key must be there already.
+
+    Raises:
+        ConfigError: an unknown key, or an override that is no value (a sweep, a deletion).
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override() or override.is_delete():
+            raise ConfigError(f"{override.input_line}: here an override gives one value, as in key=value")
+        *path, last = override.key_or_group.split(".")
+        node: Any = changed
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            known = f"; {'.'.join(path)} has {', '.join(node)}" if isinstance(node, dict) else ""
+            raise ConfigError(f"{override.input_line}: the run has no such key{known}")
+        node[last] = override.value()
+    return changed
+
+
+def compose_evaluation(
+    config: Mapping[str, Any], overrides: Sequence[str], *, config_dir: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `fedssl-evaluate RUN <overrides>` is made of.
+
+    Args:
+        config: the run's own, as its `config.yaml` holds it.
+        overrides: of `evaluate.*` (the run's probes, and the keys of conf/evaluation.yaml), `device`, `data.root`.
+        config_dir: an additional folder of YAML files, for `evaluate.data`.
+
+    Returns:
+        The run's configuration with its probes, device and root as overridden, and the node of conf/evaluation.yaml.
+
+    Raises:
+        ConfigError: a key that there is not, a value of another type, or an unknown data set.
+    """
+    for override in overrides:
+        key = override.split("=", 1)[0]
+        if "=" not in override or not (key.startswith("evaluate.") or key in ("device", "data.root")):
+            raise ConfigError(
+                f"{override}: a finished run stays as it is; its evaluation takes evaluate.<key>=..., device= and "
+                f"data.root=. fedssl-evaluate --help lists the keys."
+            )
+    node = yaml.safe_load((conf_dir() / f"{EVALUATION_NAME}.yaml").read_text())
+    probes = {key: value for key, value in config["evaluate"].items() if key not in OF_THE_ROUNDS}
+    merged = {**probes, **{key: value for key, value in node.items() if key != "_target_"}}
+    changed = overridden({**config, "evaluate": merged}, overrides)
+    chosen = changed["evaluate"]
+    node |= {key: chosen.pop(key) for key in node if key != "_target_"}
+    changed["evaluate"] = {**config["evaluate"], **chosen}
+    if any(chosen[key] != config["evaluate"][key] for key in ("data", "root")):
+        changed["evaluate"].pop("source", None)
+    if chosen["data"] is not None and "source" not in changed["evaluate"]:
+        search_path = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                changed["evaluate"]["source"] = _named_source(
+                    "evaluate", chosen["data"], chosen["root"], changed["data"]["image_size"], search_path
+                )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(message_of(error)) from error
+    check_values(changed)
+    _check_node({"evaluate": node}, "", {})
+    return changed, node
 
 
 def _method(name: Any, search_path: Sequence[str]) -> Any:

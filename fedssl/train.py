@@ -46,7 +46,7 @@ class Optimisation:
     warmup_steps: int  # steps of linear ramp at the start of each training, 0 for none
 
     def __post_init__(self) -> None:
-        where = "set it under client.optimisation or distill.optimisation"
+        where = "set it under client.optimisation, distill.optimisation or evaluate.finetune.optimisation"
         if self.optimiser not in OPTIMISERS:
             raise ConfigError(f"optimisation.optimiser must be one of {OPTIMISERS}, got {self.optimiser!r}; {where}.")
         if self.schedule not in SCHEDULES:

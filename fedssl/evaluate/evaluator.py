@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fedssl.data.images import ImageSet
@@ -106,15 +106,12 @@ class Evaluator:
             FedSSLError: a feature is not finite.
         """
         train, test = self.features(backbone)
-        return self._probe(train, test)
+        accuracies = {name: self.top1(classes) for name, classes in self.predictions(train, test).items()}
+        return {**accuracies, **self.few_labels(train, test)}
 
     def raw_pixels(self) -> dict[str, float]:
         """The same probes on the pixels themselves: what a representation has to beat."""
         return self(nn.Flatten())
-
-    def linear_top1(self, backbone: nn.Module) -> float:
-        """The linear probe alone: kNN and the draws of few labels take time, too."""
-        return self._linear_top1(*standardise(*self.features(backbone)))
 
     def features(self, backbone: nn.Module) -> tuple[Float[Tensor, "n d"], Float[Tensor, "t d"]]:
         """Of the training and the test images, on the evaluator's device, not yet standardised.
@@ -134,40 +131,46 @@ class Evaluator:
                 )
         return train, test
 
-    def _linear_top1(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> float:
-        """Of standardised features."""
-        linear, logistic = self.evaluation.linear, self.evaluation.logistic
-        classifier, _ = linear.fit(
-            train, self.train_labels, num_classes=self.train.num_classes, split=self.split, logistic=logistic
-        )
-        return self._top1(classifier.predict(test))
+    def predictions(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, Int64[Tensor, " t"]]:
+        """The class of each test image by the classifiers that see all labels: `knn_top1`, `linear_top1`."""
+        nearest = self.evaluation.knn.predict(train, self.train_labels, test, self.train.num_classes)
+        return {"knn_top1": nearest, "linear_top1": self._linear(train, test)}
 
-    def _probe(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, float]:
-        """All metrics of one pair of features."""
-        knn, labels = self.evaluation.knn, self.evaluation.labels
-        num_classes, logistic = self.train.num_classes, self.evaluation.logistic
+    def linear_top1(self, backbone: nn.Module) -> float:
+        """The linear probe alone: kNN and the draws of few labels take time, too."""
+        return self.top1(self._linear(*self.features(backbone)))
 
-        predictions = knn.predict(train, self.train_labels, test, num_classes)
-        metrics = {"knn_top1": self._top1(predictions)}
-
+    def _linear(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> Int64[Tensor, " t"]:
+        """The class of each test image by the linear probe."""
         train, test = standardise(train, test)
-        metrics["linear_top1"] = self._linear_top1(train, test)
+        classifier, _ = self.evaluation.linear.fit(
+            train,
+            self.train_labels,
+            num_classes=self.train.num_classes,
+            split=self.split,
+            logistic=self.evaluation.logistic,
+        )
+        return classifier.predict(test)
 
+    def few_labels(self, train: Float[Tensor, "n d"], test: Float[Tensor, "t d"]) -> dict[str, float]:
+        """`labels<count>_top1` and its `_std` over the draws, for each number of labels per class."""
+        train, test = standardise(train, test)
+        metrics = {}
         for count, draws in self.draws.items():
-            accuracies = labels.accuracies(
+            accuracies = self.evaluation.labels.accuracies(
                 train,
                 self.train_labels,
                 test,
                 self.test_labels,
                 draws=draws,
-                num_classes=num_classes,
-                logistic=logistic,
+                num_classes=self.train.num_classes,
+                logistic=self.evaluation.logistic,
             )
             metrics[f"labels{count}_top1"] = accuracies.mean().item()
             metrics[f"labels{count}_top1_std"] = accuracies.std().item()
         return metrics
 
-    def _top1(self, predictions: Tensor) -> float:
+    def top1(self, predictions: Int64[Tensor, " t"]) -> float:
         """Fraction of test images whose class is right."""
         return (predictions == self.test_labels).float().mean().item()
 

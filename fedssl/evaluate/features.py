@@ -10,24 +10,31 @@ from fedssl.models import evaluating
 
 
 def extract_features(
-    backbone: nn.Module, images: ImageSet, views: Views, batch_size: int, device: torch.device
+    backbone: nn.Module,
+    images: ImageSet,
+    views: Views,
+    batch_size: int,
+    device: torch.device,
+    rng: torch.Generator | None = None,
 ) -> Float[Tensor, "n d"]:
     """The features of all `images`, in order, on the CPU in float32.
 
-    The backbone runs in eval mode on `views.plain`, without gradients; neither its weights, its batch norm buffers
-    nor its mode are changed.
+    The backbone runs in eval mode, without gradients; neither its weights, its batch norm buffers nor its mode are
+    changed.
 
     Args:
         backbone: (b, 3, h, w) to (b, d); lives on `device`.
         images: n > 0 images.
-        views: only the deterministic transform is used.
+        views: its deterministic transform is used, unless there is an `rng`.
         batch_size: images per forward pass.
         device: where the backbone computes.
+        rng: a generator on `device`: the features are those of one random view of each image, drawn from it.
     """
     features = []
     with torch.no_grad(), evaluating(backbone):
         for rows in torch.split(torch.arange(len(images)), batch_size):
-            x = views.plain(images.take(rows).to(device))
+            pixels = images.take(rows).to(device)
+            x = views.plain(pixels) if rng is None else views(pixels, rng)
             features.append(backbone(x).float().cpu())
     return torch.cat(features)
 

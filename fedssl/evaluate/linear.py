@@ -41,6 +41,10 @@ class LinearProbe:
                 f"that share of the training images chooses evaluate.linear.l2; usual is 0.2."
             )
 
+    def num_held_out(self, size: int) -> int:
+        """How many of a class with `size` images are validated on."""
+        return min(round(self.validation_fraction * size), size - 1)
+
     def split(self, labels: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " v"]]:
         """Positions to fit on and positions to validate on, ascending: a function of the labels alone.
 
@@ -53,7 +57,7 @@ class LinearProbe:
         held_out = []
         for label in np.unique(labels):
             members = order[labels[order] == label]
-            held_out.append(members[: min(round(self.validation_fraction * len(members)), len(members) - 1)])
+            held_out.append(members[: self.num_held_out(len(members))])
         validation = np.sort(np.concatenate(held_out))
         if len(validation) == 0:
             raise ConfigError(

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 
 from fedssl.plots import Curve, curves_figure, dots_figure, human_bytes, palette, partition_figure
+from fedssl.report.gap import CENTRAL, LOCAL, gaps_recovered
 from fedssl.report.pages import Cell, Picture, Row, Table, accuracy, bounds, fraction, markdown, plural, render
 from fedssl.report.runs import HEADLINE, METRICS, Run, flatten, tell_apart
 from fedssl.tracking import duration
 
 MAX_PARTITIONS = 6  # pictures a section
+GAP_METRIC = "linear_top1"
 FIRST_COLUMNS = ("run_dir", "status", "strategy", "data", "seed", "rounds", "report_family", *METRICS)
 
 
@@ -44,6 +46,11 @@ class Section:
     groups: Sequence[Group]
     controls: Mapping[str, Mapping[str, Sequence[float]]]  # name -> metric -> one value a seed
 
+    def recovered(self) -> dict[int, float]:
+        """By `id` of a run, the gap that it recovers where that is known; see `gaps_recovered`."""
+        runs = [run for group in self.groups for run in group.runs]
+        return {id(runs[i]): share for i, share in gaps_recovered(runs, GAP_METRIC).items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -61,12 +68,14 @@ class Comparison:
 
     def frame(self) -> pd.DataFrame:
         """One row a run: its flattened summary, its directory, and its controls as `<control>.<metric>` columns."""
+        recovered = {run: share for section in self.sections for run, share in section.recovered().items()}
         rows = []
         for run in self.runs:
             row: dict[str, Any] = {name: run.final()[name] for name in METRICS if name in run.final()}
             row |= {"report_family": run.report_family, "seed": run.seed, "rounds": run.rounds}
             row |= {name: run.total(name) for name in ("uplink_bytes", "downlink_bytes")}
             row |= flatten(run.summary)
+            row |= {"gap_recovered": recovered[id(run)]} if id(run) in recovered else {}
             row |= {"status": run.status, "strategy": run.strategy, "data": run.data, "run_dir": str(run.path)}
             for control, metrics in run.controls().items():
                 row |= {f"{control.replace(' ', '_')}.{name}": metrics[name] for name in METRICS if name in metrics}
@@ -184,8 +193,9 @@ def _shown(section: Section) -> list[str]:
 
 
 def _section_table(section: Section) -> Table:
-    shown = _shown(section)
-    table = Table(heads=["", "runs", *(METRICS[name] for name in shown), "up", "down", "time"])
+    shown, recovered = _shown(section), section.recovered()
+    gap = ["gap recovered"] if recovered else []
+    table = Table(heads=["", "runs", *(METRICS[name] for name in shown), *gap, "up", "down", "time"])
     for group in section.groups:
         done = group.completed
         seconds = [float(run.summary["wall_seconds"]) for run in done if "wall_seconds" in run.summary]
@@ -197,6 +207,7 @@ def _section_table(section: Section) -> Table:
                     group.label,
                     str(len(done)) if len(done) == len(group.runs) else f"{len(done)} of {len(group.runs)}",
                     *(_mean_cell(group, name) for name in shown),
+                    *(_mean([recovered[id(run)] for run in group.runs if id(run) in recovered]) for _ in gap),
                     *(human_bytes(float(np.mean(totals))) if totals else "–" for totals in known),
                     duration(float(np.mean(seconds))) if seconds else "–",
                 ]
@@ -205,7 +216,7 @@ def _section_table(section: Section) -> Table:
     for control, metrics in section.controls.items():
         cells = [_mean(metrics.get(name, [])) for name in shown]
         count = str(max(len(values) for values in metrics.values()))
-        table.rows.append(Row([control, count, *cells, "", "", ""], "control"))
+        table.rows.append(Row([control, count, *cells, *("" for _ in gap), "", "", ""], "control"))
     return table
 
 
@@ -228,6 +239,11 @@ def _section_notes(section: Section) -> list[str]:
         notes.append(f"{plural(left_out, 'run')} did not complete: not in the means.")
     if all(len(group.completed) < 2 for group in section.groups):
         notes.append("One seed each: differences of the size of the spread over seeds mean nothing.")
+    if section.recovered():
+        notes.append(
+            f"Gap recovered: ({METRICS[GAP_METRIC]} − {LOCAL}) / ({CENTRAL} − {LOCAL}) of the same seed and setting; "
+            f"where the two are close it is noise."
+        )
     said = dict.fromkeys((group.label, note) for group in section.groups for run in group.runs for note in run.notes)
     return notes + [f"{label}: {note}." for label, note in said]
 
