@@ -1,10 +1,10 @@
-"""The anchors that a student is compared with: a queue of keys, each of a public image."""
+"""What a network is compared with: queues of past embeddings."""
 
 import math
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Queue:
@@ -49,6 +49,40 @@ class Queue:
     def _oldest(self, count: int) -> Int64[Tensor, " count"]:
         assert count <= self.size, f"{count} keys do not fit a queue of {self.size}"
         return (self._pushed + torch.arange(count, device=self._indices.device)) % self.size
+
+
+class EmbeddingQueue(nn.Module):
+    """The newest embeddings, oldest first, in a method's state: it grows up to `size` rows, then drops the oldest.
+
+    Its one buffer has as many rows as there are embeddings, and no shape before the first: a state that is loaded
+    brings its own.
+
+    Args:
+        size: rows at most, at least 0.
+    """
+
+    rows: Float[Tensor, "k d"]
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("rows", torch.zeros(0, 0))
+        self.register_load_state_dict_pre_hook(_take_shape)  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def push(self, embeddings: Float[Tensor, "b d"]) -> None:
+        """Append a batch in float32, without its gradient. `rows` becomes another tensor: a graph may hold the old."""
+        new = embeddings.detach().float()
+        kept = self.rows if len(self) else new[:0]
+        self.rows = torch.cat([kept, new])[max(0, len(kept) + len(new) - self.size) :]
+
+
+def _take_shape(queue: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    assert isinstance(queue, EmbeddingQueue)
+    if (rows := state.get(f"{prefix}rows")) is not None:
+        queue.rows = queue.rows.new_zeros(rows.shape)
 
 
 def filling_order(n: int, size: int, rng: torch.Generator) -> Int64[Tensor, " k"]:

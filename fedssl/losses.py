@@ -1,6 +1,7 @@
 """Losses: pure functions, one per formula.
 
-The contrastive ones compare two views. The similarity losses compare a student with a target: over k anchors (rows of
+The contrastive ones compare two views; `barlow_twins` and `vicreg` keep dimensions apart instead of images; `sinkhorn`
+makes targets of a clustering. The similarity losses compare a student with a target: over k anchors (rows of
 probabilities p against logits, whose softmax is q), or by kernels (`cka_loss`). `feature_distance` compares features.
 
 All that take projections accept half precision and autocast: cosines and what follows from them are computed in
@@ -46,6 +47,104 @@ def info_nce(z1: Float[Tensor, "b d"], z2: Float[Tensor, "b d"], temperature: fl
     """
     logits = _products(_unit(z1), _unit(z2)) / temperature  # (b, b)
     return F.cross_entropy(logits, torch.arange(len(z1), device=z1.device))
+
+
+def momentum_contrast(
+    z: Float[Tensor, "b d"], keys: Float[Tensor, "b d"], queue: Float[Tensor, "k d"], temperature: float
+) -> Float[Tensor, ""]:
+    """MoCo's InfoNCE: each query finds its own key among it and the k keys in the queue.
+
+    He et al. 2019, Eq. 1, https://arxiv.org/abs/1911.05722. Another image's key of this batch is no negative.
+    Collapsed projections give log(1 + k).
+
+    Args:
+        z: queries, projections of the first views; need not be normalised.
+        keys: of the second views, row i of the same image; need not be normalised.
+        queue: keys of earlier batches, likewise.
+        temperature: > 0.
+    """
+    queries = _unit(z)
+    positives = (queries * _unit(keys)).sum(dim=1, keepdim=True)
+    logits = torch.cat([positives, _products(queries, _unit(queue))], dim=1) / temperature  # (b, 1 + k)
+    return F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long, device=z.device))
+
+
+def barlow_twins(z1: Float[Tensor, "b d"], z2: Float[Tensor, "b d"], off_diagonal_weight: float) -> Float[Tensor, ""]:
+    """sum_i (1 - C_ii)^2 + off_diagonal_weight * sum_i sum_{j != i} C_ij^2, C the cross-correlation of the dimensions.
+
+    Zbontar et al. 2021, Eq. 1 and 2, https://arxiv.org/abs/2103.03230. Each dimension is standardised over its batch;
+    as in the paper's Algorithm 1 by batch norm, whose 1e-5 is added to the variance. Collapsed projections give d.
+
+    Args:
+        z1: projections of the first views.
+        z2: projections of the second views; row i of both comes from image i.
+        off_diagonal_weight: the paper's lambda, >= 0.
+    """
+    correlation = _products(_standardised(z1).T, _standardised(z2).T) / len(z1)  # (d, d)
+    diagonal = correlation.diagonal()
+    return (1 - diagonal).square().sum() + off_diagonal_weight * (correlation.square().sum() - diagonal.square().sum())
+
+
+def vicreg(
+    z1: Float[Tensor, "b d"],
+    z2: Float[Tensor, "b d"],
+    invariance_weight: float,
+    variance_weight: float,
+    covariance_weight: float,
+) -> Float[Tensor, ""]:
+    """Variance, invariance and covariance: views agree, dimensions keep a spread of 1 and do not repeat each other.
+
+    Bardes et al. 2021, Eq. 6 and Algorithm 1, https://arxiv.org/abs/2105.04906:
+
+        invariance_weight  * mean over images and dimensions of (z1 - z2)^2
+      + variance_weight    * sum over both views of (1/d) sum_j max(0, 1 - sqrt(Var(z_j) + 1e-4))
+      + covariance_weight  * sum over both views of (1/d) sum_i sum_{j != i} Cov_ij^2
+
+    Eq. 5 sums the first over dimensions; Algorithm 1 and the authors' code take the mean, and so does this, because
+    the paper's weights are the code's. The code halves the second; the paper, and this, do not. Collapsed projections
+    give 2 * .99 * variance_weight.
+
+    Args:
+        z1: projections of the first views, b >= 2.
+        z2: projections of the second views; row i of both comes from image i.
+        invariance_weight: the paper's lambda, >= 0.
+        variance_weight: the paper's mu, >= 0.
+        covariance_weight: the paper's nu, >= 0.
+    """
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+    spread = repeated = z1.new_zeros(())
+    for z in (z1, z2):
+        centred = z - z.mean(dim=0)
+        covariance = _products(centred.T, centred.T) / (len(z) - 1)  # (d, d)
+        variances = covariance.diagonal()
+        spread = spread + F.relu(1 - (variances + 1e-4).sqrt()).mean()
+        repeated = repeated + (covariance.square().sum() - variances.square().sum()) / z.shape[1]
+    return invariance_weight * F.mse_loss(z1, z2) + variance_weight * spread + covariance_weight * repeated
+
+
+def cosine_scores(z: Float[Tensor, "b d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "b k"]:
+    """Cosines of projections with prototypes, neither of which need be normalised."""
+    return _products(_unit(z), _unit(prototypes))
+
+
+@torch.no_grad()
+def sinkhorn(scores: Float[Tensor, "b k"], epsilon: float, iterations: int) -> Float[Tensor, "b k"]:
+    """SwAV's codes: assignments of images to prototypes that use all prototypes alike; no gradient. Rows sum to 1.
+
+    Caron et al. 2020, Eq. 3 to 5, https://arxiv.org/abs/2006.09882: the matrix nearest to exp(scores / epsilon), by
+    rescaling of rows and columns, with mass 1/b on each image and 1/k on each prototype, times b. In log space.
+
+    Args:
+        scores: cosines of images and prototypes.
+        epsilon: > 0; towards 0 an image has one prototype, towards infinity all.
+        iterations: of Sinkhorn and Knopp's, >= 1. Each ends with the images, so it is the prototypes' share that is
+            only nearly 1/k.
+    """
+    log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    for _ in range(iterations):
+        log_codes = log_codes - log_codes.logsumexp(dim=0)
+        log_codes = log_codes - log_codes.logsumexp(dim=1, keepdim=True)
+    return log_codes.exp()
 
 
 def cross_entropy(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
@@ -147,6 +246,12 @@ def _centred(kernel: Float[Tensor, "b b"]) -> Float[Tensor, "b b"]:
 def _unit(z: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
     """Rows of norm 1, in float32 or better."""
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+
+
+def _standardised(z: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    """Columns of mean 0 and variance 1 over the batch, in float32 or better: batch norm without history or weights."""
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    return F.batch_norm(wide, None, None, training=True)
 
 
 def _products(z1: Float[Tensor, "b d"], z2: Float[Tensor, "k d"]) -> Float[Tensor, "b k"]:

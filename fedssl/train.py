@@ -181,7 +181,7 @@ def train(
         rows = torch.randperm(len(pixels), generator=generator(seed, "calibration", round_num))[:batch_size].to(device)
         calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
         with torch.no_grad(), autocast():
-            method.prepare(model, state, _endless_views(pixels, views, batch_size, seed, round_num))
+            method.prepare(model, state, _endless_views(pixels, views, batch_sizes, seed, round_num))
         for epoch in count(1):
             losses: list[Tensor] = []  # stay on the device: reading one would wait for it
             penalties: list[Tensor] = []
@@ -225,14 +225,14 @@ def train(
 
 
 def _endless_views(
-    pixels: UInt8[Tensor, "n 3 h w"], views: Views, batch_size: int, seed: int, round_num: int
+    pixels: UInt8[Tensor, "n 3 h w"], views: Views, batch_sizes: list[int], seed: int, round_num: int
 ) -> Iterator[Float[Tensor, "b 3 s s"]]:
-    """Batches of views in random order, each image once before any comes twice; draws of their own."""
+    """Epochs of views in random order, in batches like training's; draws of their own."""
     order_rng = generator(seed, "preparation", round_num)
     views_rng = generator(seed, "preparation", round_num, device=pixels.device)
     while True:
         order = torch.randperm(len(pixels), generator=order_rng).to(pixels.device)
-        for rows in torch.split(order, batch_size):
+        for rows in torch.split(order[: sum(batch_sizes)], batch_sizes):
             yield views(pixels[rows], views_rng)
 
 
