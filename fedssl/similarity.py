@@ -305,3 +305,23 @@ def collapse_measures(similarity: Similarity) -> dict[str, float]:
     n = similarity.num_samples
     total, squares = similarity.sums()
     return {"mean_cosine": (total - n) / max(n * (n - 1), 1), "effective_rank": n * n / squares}
+
+
+def instance_discrimination(views: Float[Tensor, "n d"], images: Float[Tensor, "n d"]) -> float:
+    """The share of images that a view of theirs is nearest to, by cosine and of all n.
+
+    The non-parametric classification of Wu et al. 2018, https://arxiv.org/abs/1805.01978, as an accuracy. No label is
+    needed. A tie is no hit, so a collapsed encoder scores 0, and so does one that makes NaN or infinity.
+
+    Args:
+        views: embeddings of one view of each image; need not be normalised.
+        images: embeddings of the images, in the same order.
+    """
+    queries, keys = unit_rows(views), unit_rows(images)
+    hits = 0
+    for rows in row_blocks(len(queries)):
+        cosines = queries[rows] @ keys.T
+        own = cosines.diagonal(rows.start).clone()
+        cosines.diagonal(rows.start).fill_(-torch.inf)
+        hits += int((own > cosines.amax(dim=1)).sum())
+    return hits / len(queries)

@@ -39,7 +39,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedssl.codecs import Codec, Sharpened, num_anchors
-from fedssl.distill import Distillation, distill
+from fedssl.distill import Distillation
 from fedssl.ensemble import Rule, Target, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.arrays import read_array, to_record
@@ -49,7 +49,7 @@ from fedssl.federation.records import Upload, family_arrays, model_state, to_arr
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights, mean_weights
 from fedssl.models import Model
-from fedssl.seeding import derive_seed, generator
+from fedssl.seeding import generator
 from fedssl.similarity import AnchorMass, Similarity, collapse_measures
 
 log = logging.getLogger(__name__)
@@ -265,18 +265,8 @@ class FLESD(Strategy):
         metrics: dict[str, float] = {}
         for family in self.server.families:
             student, before = self._student(family, [upload for upload, _ in received])
-            learned = distill(
-                student,
-                target,
-                self.server.public_set.images,
-                distillation=distillation,
-                views=self.server.views,
-                seed=derive_seed(self.server.seed, f"distillation/{family}", server_round),
-                round_num=server_round,
-                num_rounds=self.server.num_rounds,
-                device=device,
-                amp=self.server.local.amp and device.type == "cuda",
-                reference=before,
+            learned = self.server.distill(
+                student, target, distillation, family=family, round_num=server_round, reference=before
             )
             students[family] = model_state(student)
             metrics |= {f"{family}/{name}": value for name, value in learned.items()}

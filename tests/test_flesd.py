@@ -19,7 +19,6 @@ from fedssl.federation.store import ClientStore
 from fedssl.methods.info_nce import InfoNCE
 from fedssl.methods.simclr import SimCLR
 from fedssl.similarity import Similarity
-from strategies import flesd
 from strategies.flesd import FLESD
 from tests.federation_helpers import (
     FAMILIES,
@@ -315,7 +314,7 @@ def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, init: str, *more: st
 
     config = small(None, "strategy=flesd", f"distill.student_init={init}", *more)
     setup, strategy, messages, replies = first_round(config, tmp_path)
-    monkeypatch.setattr(flesd, "distill", spy)
+    monkeypatch.setattr("fedssl.federation.server.distill", spy)
     strategy.aggregate_train(1, replies)
     return setup, messages, replies, given
 

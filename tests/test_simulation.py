@@ -201,7 +201,7 @@ def test_a_failure_of_the_server_is_a_failed_run(tmp_path: Path, monkeypatch: py
     def diverge(*_: Any, **__: Any) -> None:
         raise fedssl.errors.FedSSLError("the distillation loss became nan at step 3")
 
-    monkeypatch.setattr("strategies.flesd.distill", diverge)
+    monkeypatch.setattr("fedssl.federation.server.distill", diverge)
     with pytest.raises(fedssl.errors.FedSSLError, match="became nan"):
         fedssl.run(small(tmp_path / "run", *FLESD))
     assert (summary_of(tmp_path / "run")["status"], summary_of(tmp_path / "run")["rounds"]) == ("failed", 0)

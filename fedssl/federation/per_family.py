@@ -1,4 +1,4 @@
-"""What the strategies have in common that exchange weights: every architecture family is a federation of its own."""
+"""What the strategies have in common that exchange weights: mostly, every family is a federation of its own."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,35 +9,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, PayloadError
+from fedssl.federation.arrays import to_record
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights
+from fedssl.models import Model
 
 
-class PerFamily(Strategy):
-    """Broadcasts each family's weights, checks the weights that come back, and lets `merge` make new ones of them.
-
-    A family with one client is local training that passes through the server: `notes` names it, for the report.
-    """
+class WeightUploads(Strategy):
+    """Broadcasts each family's weights and checks the weights that come back; a subclass says what becomes of them."""
 
     def __init__(self, *, server: Server) -> None:
-        if server.report_family not in server.client_families:
-            raise ConfigError(
-                f"this strategy merges the weights that clients send, and no client is of federation.report_family="
-                f"{server.report_family}: choose one of {', '.join(server.client_families)}."
-            )
         self.server = server
-
-    @abstractmethod
-    def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """New weights of one family.
-
-        Args:
-            family: which.
-            uploads: of its clients, at least one, in partition order; `arrays` are by `<family>/<parameter>`.
-            before: the weights that were broadcast, by parameter name.
-        """
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -51,13 +35,57 @@ class PerFamily(Strategy):
         """Parse an upload: names, shapes and dtypes of the family's weights, all finite."""
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, "weights")
-        self.check_arrays(upload.arrays, upload.header.family)
+        if (family := upload.header.family) not in self.server.client_families:
+            raise PayloadError(f"no client is of family {family!r}")
+        self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
         return upload
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
         """Raise `PayloadError` unless these are weights of `family`."""
         check_weights(arrays, family_arrays(self.arrays, family), family)
+
+    def model(self, upload: Upload) -> Model:
+        """The model that a client sent, on the server's device."""
+        return self.server.load(to_record(upload.arrays), upload.header.family)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing to ask the clients: the server evaluates its own weights."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing to log."""
+
+
+class PerFamily(WeightUploads):
+    """Lets `merge` make new weights of a family's uploads.
+
+    A family with one client is local training that passes through the server: `notes` names it, for the report.
+    """
+
+    def __init__(self, *, server: Server) -> None:
+        if server.report_family not in server.client_families:
+            raise ConfigError(
+                f"this strategy merges the weights that clients send, and no client is of federation.report_family="
+                f"{server.report_family}: choose one of {', '.join(server.client_families)}."
+            )
+        super().__init__(server=server)
+
+    @abstractmethod
+    def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """New weights of one family.
+
+        Args:
+            family: which.
+            uploads: of its clients, at least one, in partition order; `arrays` are by `<family>/<parameter>`.
+            before: the weights that were broadcast, by parameter name.
+        """
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -71,20 +99,7 @@ class PerFamily(Strategy):
             states[family] = self.merge(family, members, before) if members else before
         return to_arrays(states), MetricRecord()
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Nothing to ask the clients: the server evaluates its own weights."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
-
     def notes(self) -> list[str]:
         """What a reader of the figures has to know."""
         alone = [family for family, count in self.server.num_trainers_of.items() if count == 1]
         return [f"{family} has one client: its global model is local training" for family in alone]
-
-    def summary(self) -> None:
-        """Nothing to log."""

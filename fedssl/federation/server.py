@@ -14,6 +14,8 @@ from torch import Tensor
 from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
+from fedssl.distill import Distillation, distill
+from fedssl.ensemble import Target
 from fedssl.errors import PayloadError
 from fedssl.federation.client import LocalTraining
 from fedssl.federation.embedding import embed
@@ -137,30 +139,60 @@ class Server:
         model: Model,
         images: ImageSet,
         *,
-        steps: int,
         batch_size: int,
         purpose: str,
         round_num: int,
+        steps: int | None = None,
+        epochs: int | None = None,
+        method: Method | None = None,
         memory: dict[str, Tensor] | None = None,
     ) -> dict[str, float]:
-        """Self-supervised training on the server with the clients' method and optimiser settings.
+        """Self-supervised training on the server with the clients' optimiser settings; see `fedssl.train.train`.
 
-        `memory`, where it is given, keeps the method's state from round to round; see `fedssl.train.train`.
+        Args:
+            method: instead of the clients'.
+            memory: keeps the method's state from round to round.
         """
         return train(
             model,
             images,
-            method=self.method,
+            method=self.method if method is None else method,
             memory=memory,
             views=self.views,
             optimisation=self.local.optimisation,
             batch_size=batch_size,
             steps=steps,
+            epochs=epochs,
             seed=derive_seed(self.seed, purpose, round_num),
             round_num=round_num,
             num_rounds=self.num_rounds,
             device=self.device,
             amp=self.local.amp and self.device.type == "cuda",
+        )
+
+    def distill(
+        self,
+        student: Model,
+        target: Target,
+        distillation: Distillation,
+        *,
+        family: str,
+        round_num: int,
+        reference: Model | None = None,
+    ) -> dict[str, float]:
+        """`student`, the global model of `family`, learns the clients' ensemble; see `fedssl.distill.distill`."""
+        return distill(
+            student,
+            target,
+            self.public_set.images,
+            distillation=distillation,
+            views=self.views,
+            seed=derive_seed(self.seed, f"distillation/{family}", round_num),
+            round_num=round_num,
+            num_rounds=self.num_rounds,
+            device=self.device,
+            amp=self.local.amp and self.device.type == "cuda",
+            reference=reference,
         )
 
 
