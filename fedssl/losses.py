@@ -197,6 +197,24 @@ def js_divergence(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Floa
     return (p * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=1).mean() / 2
 
 
+def relation_divergence(
+    z1: Float[Tensor, "b d"], z2: Float[Tensor, "b d"], anchors: Float[Tensor, "k d"], temperature: float
+) -> Float[Tensor, ""]:
+    """How differently two views of an image see k anchors: JS(r1, r2), r = softmax_j(cos(z, anchor_j) / temperature).
+
+    FedX's relational loss, Han et al. 2022, https://arxiv.org/abs/2207.09158. Between 0 and log 2 nats, the mean over a
+    batch; symmetric in the views. Gradient reaches both views and the anchors.
+
+    Args:
+        z1: of the first views; need not be normalised.
+        z2: of the second views; row i of both comes from image i.
+        anchors: of any images.
+        temperature: > 0.
+    """
+    relations1, relations2 = (_products(_unit(z), _unit(anchors)) / temperature for z in (z1, z2))
+    return js_divergence(relations1, F.softmax(relations2, dim=1))
+
+
 def cka_loss(z: Float[Tensor, "b d"], kernel: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
     """1 - linear CKA of a batch's embeddings with a kernel: 0 where their Gram matrix is the kernel, times a constant.
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.per_client import PerClient
 from fedssl.federation.records import Upload
-from fedssl.federation.server import Server, read_uploads
+from fedssl.federation.server import read_uploads
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,8 @@ def _families(client: Client) -> list[str]:
     return list(dict.fromkeys([client.family, client.report_family]))
 
 
-class LocalOnly(Strategy):
+class LocalOnly(PerClient):
     """The server half: it asks for training and for evaluations, and has no global model."""
-
-    def __init__(self, *, server: Server) -> None:
-        self.server = server
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -74,22 +71,6 @@ class LocalOnly(Strategy):
         """Nothing to combine."""
         read_uploads(replies, self.check)
         return None, None
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask every client that trains, sampled this round or not."""
-        members = self.server.everyone(grid)
-        return self.server.messages(server_round, members, config, None, kind="evaluate")
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """`<family>/<metric>` as one list over the clients that hold a model of that family, in partition order."""
-        values: dict[str, list[float]] = {}
-        answered = [reply for reply in replies if not reply.has_error()]
-        for reply in sorted(answered, key=lambda r: r.content.config_records["header"]["partition_id"]):
-            for name, value in reply.content.metric_records["metrics"].items():
-                values.setdefault(name, []).append(float(value))  # type: ignore[arg-type]
-        return MetricRecord(dict(values))
 
     def summary(self) -> None:
         """Log that nothing is exchanged."""

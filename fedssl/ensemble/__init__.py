@@ -6,7 +6,7 @@ formula: `means` (who counts how much), `robust` (whom to believe); `target` is 
 """
 
 from fedssl.ensemble.base import Block, Rule, Summable, check_temperature
-from fedssl.ensemble.coordinates import principal_coordinates
+from fedssl.ensemble.coordinates import mean_kernel_factors, principal_coordinates
 from fedssl.ensemble.means import (
     AttentionMean,
     CertaintyMean,
@@ -43,5 +43,6 @@ __all__ = [
     "check_summable",
     "check_temperature",
     "make_target",
+    "mean_kernel_factors",
     "principal_coordinates",
 ]

@@ -64,6 +64,23 @@ def principal_coordinates(
     return coordinates
 
 
+def mean_kernel_factors(similarities: Sequence[FactorSimilarity]) -> Float[Tensor, "n r"]:
+    """Rows whose inner products are Kbar = mean_k C S_k C / |C S_k C|_F of `principal_coordinates`, exactly.
+
+    The clients' centred factors side by side, each divided by the square root of (clients * |C S_k C|_F); so r is the
+    sum of their widths. A collapsed client adds no columns.
+    """
+    columns = []
+    for similarity in similarities:
+        factors = _factors(similarity).double()
+        factors = factors - factors.mean(dim=0)
+        norm = torch.linalg.matrix_norm(factors.T @ factors)
+        if norm > NO_CONTRAST * len(factors):
+            columns.append((factors / (len(similarities) * norm).sqrt()).float())
+    n, device = similarities[0].num_samples, similarities[0].device
+    return torch.cat([torch.empty(n, 0, device=device), *columns], dim=1)
+
+
 def _eigen(
     product: Callable[[Tensor], Tensor], start: Float[Tensor, "n v"], *, shift: float
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, "n v"]]:

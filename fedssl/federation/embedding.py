@@ -7,6 +7,7 @@ features after a ReLU, none of them negative, would all point the same way.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,6 +42,18 @@ def embed(
         return extract_features(model, images, views, batch_size, device)
     features = extract_features(model.backbone, images, views, batch_size, device)
     return standardise(features, features)[0]
+
+
+def embed_batch(model: Model, embedding: str, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
+    """What `embed` makes of one batch, with gradients and in the mode that the model is in.
+
+    Features are standardised by the batch's own means and variances, as batch norm does it: a feature that hardly
+    varies in a batch stays small, where `embed` scales whatever is not constant.
+    """
+    if embedding == "projector":
+        projections: Tensor = model(x)
+        return projections
+    return F.batch_norm(model.backbone(x).float(), None, None, training=True)
 
 
 def check_embedding(embedding: str) -> None:
