@@ -12,6 +12,9 @@ the difference. We do as the code, because the threshold .4 is a number on that 
 it leaves out the convolutions of shortcuts; we take every weight of the backbone with two dimensions or more, which in
 a convolutional network are all its convolutions, so that other networks have a divergence, too. A predictor that is
 kept is kept with its batch norm's running averages. A client that sat out rounds decides by its last training.
+
+The scale depends on network, optimiser and epochs. On the digits with the default training (BYOL, Adam, 10 epochs) the
+divergences are .5 to 1.4, so at .4 every client keeps its own predictor; clients report theirs as `divergence`.
 """
 
 import math
