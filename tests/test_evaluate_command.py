@@ -16,14 +16,19 @@ from safetensors.torch import load_file, save_file
 from fedssl.__main__ import main as fedssl
 from fedssl.config import compose_evaluation, conf_dir
 from fedssl.evaluate import linear_cka
-from fedssl.evaluate.__main__ import main
 from fedssl.evaluate.features import extract_features
+from fedssl.evaluate_command import main
 from fedssl.federation.evaluation import over_clients
 from fedssl.federation.setup import Setup
 from tests.federation_helpers import SMALL, tree_hash
 from tests.test_config import nodes
 
-QUICK = ("evaluate.finetune.epochs=2", "evaluate.finetune.num_draws=2", "evaluate.label_shares.num_draws=2")
+QUICK = (
+    "evaluate.finetune.epochs=2",
+    "evaluate.finetune.min_steps=0",
+    "evaluate.finetune.num_draws=2",
+    "evaluate.label_shares.num_draws=2",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

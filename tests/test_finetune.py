@@ -34,7 +34,7 @@ def tuning(**changes: Any) -> FineTuning:
     """Of conf/evaluation.yaml, faster."""
     settings = thorough().finetune
     optimisation = {name: changes.pop(name) for name in list(changes) if name in vars(settings.optimisation)}
-    changed = replace(settings, **{"epochs": 15, "num_draws": 2, **changes})
+    changed = replace(settings, **{"epochs": 15, "min_steps": 0, "num_draws": 2, **changes})
     return replace(changed, optimisation=replace(settings.optimisation, **optimisation))
 
 
@@ -196,6 +196,15 @@ class Own:
         return "own"
 
 
+@pytest.mark.parametrize(("min_steps", "steps"), [(0, 6), (6, 6), (7, 9)])
+def test_few_images_are_passed_over_more_often(min_steps: int, steps: int) -> None:
+    """Two epochs of three batches, or as many whole epochs as give `min_steps`."""
+    views, images = Own(), image_set(np.arange(12) % 3, 0, num_classes=3)
+    finetune = tuning(epochs=2, batch_size=4, min_steps=min_steps)
+    finetune.fit(nn.Flatten(), images, num_classes=3, views=views, seed=0, device=CPU)
+    assert len(views.sizes) == steps
+
+
 @pytest.mark.parametrize(("n", "sizes"), [(9, [4, 4]), (10, [4, 4, 2]), (3, [3])])
 def test_a_last_batch_of_one_image_is_left_out(n: int, sizes: list[int]) -> None:
     """Batch norm could not train on it."""
@@ -226,6 +235,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_draws": 1}, "evaluate.finetune.num_draws must be at least 2"),
     ({"epochs": 0}, "evaluate.finetune.epochs must be at least 1"),
     ({"batch_size": 1}, "batch_size at least 2"),
+    ({"min_steps": -1}, r"\.min_steps at least 0"),
     ({"shift": 0.6}, "evaluate.finetune.shift must be between 0 and 0.5"),
     ({"schedule": "cosine_rounds"}, "schedule must be constant or cosine, got 'cosine_rounds'"),
 ]

@@ -1,16 +1,20 @@
 """Fine-tuning: how well the whole network classifies after supervised training on a share of the labels.
 
 A linear classifier that starts at zero (as in https://arxiv.org/abs/2010.11929, Sec. 3.2) stands on a copy of the
-backbone, and both are trained. Epochs, batches and Adam's rate are the semi-supervised protocol of FedEMA's code
-(Zhuang et al. 2022, https://arxiv.org/abs/2204.04385); the rate falls along a cosine, since nothing is chosen: no
-validation split, no early stop; the last step's network is scored, once. Images are shifted by a few pixels, and
-mirrored where the run's views mirror: the mild views of supervised training (https://arxiv.org/abs/2002.05709, App.
-B.5), not the strong ones of self-supervised, which change colours that classes may depend on.
+backbone, and both are trained. Nothing is chosen: no validation split, no early stop; the rate falls along a cosine
+and the last step's network is scored, once. Images are shifted by a few pixels, and mirrored where the run's views
+mirror: the mild views of supervised training (https://arxiv.org/abs/2002.05709, App. B.5), not the strong ones of
+self-supervised, which change colours that classes may depend on.
+
+FedEMA's code (Zhuang et al. 2022, https://arxiv.org/abs/2204.04385) fine-tunes with Adam at 1e-3, as we do, for 100
+epochs in batches of 128. We take 40 in batches of 32, and 100 steps at least: on the digits, 10 % of the labels, no
+less accurate in half the time, from pre-trained weights and from random ones.
 
 The same network untrained, fine-tuned alike, is supervised training from scratch: what pre-training has to beat.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +41,8 @@ class FineTuning:
     Args:
         shares: of the training labels, as for `LabelShares`; 1 is all of them.
         num_draws: >= 2, of the labelled images: the first of those that the linear probe is fitted to.
-        epochs: passes over the labelled images.
+        epochs: passes over the labelled images,
+        min_steps: or more of them, until there are so many steps.
         batch_size: images per step.
         shift: see `ShiftViews`.
         optimisation: of one training.
@@ -46,6 +51,7 @@ class FineTuning:
     shares: Sequence[float]
     num_draws: int
     epochs: int
+    min_steps: int
     batch_size: int
     shift: float
     optimisation: Optimisation
@@ -53,10 +59,10 @@ class FineTuning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shares", tuple(self.shares))
         check_shares("finetune", self.shares, self.num_draws)
-        if self.epochs < 1 or self.batch_size < 2:
+        if self.epochs < 1 or self.min_steps < 0 or self.batch_size < 2:
             raise ConfigError(
-                f"evaluate.finetune.epochs must be at least 1 and evaluate.finetune.batch_size at least 2 (batch norm "
-                f"compares images), got {self.epochs} and {self.batch_size}."
+                f"evaluate.finetune.epochs must be at least 1, .min_steps at least 0 and .batch_size at least 2 (batch "
+                f"norm compares images), got {self.epochs}, {self.min_steps} and {self.batch_size}."
             )
         if not 0 <= self.shift <= 0.5:
             raise ConfigError(f"evaluate.finetune.shift must be between 0 and 0.5 of the side, got {self.shift}.")
@@ -104,14 +110,15 @@ class FineTuning:
         network.requires_grad_(True)
         pixels, labels = images.take(np.arange(len(images))).to(device), torch.from_numpy(images.labels).to(device)
         batches = [len(rows) for rows in torch.split(torch.arange(len(images)), self.batch_size) if len(rows) > 1]
+        epochs = max(self.epochs, math.ceil(self.min_steps / len(batches)))
         optimiser, schedule = self.optimisation.build(
-            network.parameters(), total_steps=self.epochs * len(batches), round_num=1, num_rounds=1
+            network.parameters(), total_steps=epochs * len(batches), round_num=1, num_rounds=1
         )
         augment = self.augmentation(views)
         order_rng, views_rng = generator(seed, "fine-tuning order"), generator(seed, "fine-tuning views", device=device)
         with seeded_init(seed, "fine-tuning dropout"):
             calibrate_batch_norm(backbone, views.plain(pixels[: self.batch_size]))
-            for _ in range(self.epochs):
+            for _ in range(epochs):
                 order = torch.randperm(len(pixels), generator=order_rng).to(device)
                 for rows in torch.split(order[: sum(batches)], batches):
                     x = augment(pixels[rows], views_rng).contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """The command `fedssl-evaluate`: everything that can be measured of a finished run.
 
-Exit codes: 0 done; 2 bad input; 1 a bug, or weights that are of no use; 130 interrupted, and nothing written.
+Exit codes: 0 done; 2 bad input; 1 a bug, or weights that are of no use; 130 interrupted, and nothing written. It lies
+beside the package `fedssl.evaluate`, as that imports torch, which --help need not wait for.
 """
 
 import argparse
@@ -39,7 +40,7 @@ config.yaml (data, root, raw_pixels, batch_size, knn, linear, labels, logistic) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     sys.path.append(str(Path.cwd()))  # a user's own modules, as `fedssl` finds them
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `fedssl`, and before torch is imported
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _evaluate(arguments.run, arguments.overrides, arguments.config_dir)
