@@ -10,7 +10,7 @@ the n x n matrix. All hold their numbers in the type in which they were sent and
 127 times a cosine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 BLOCK_ROWS = 256  # rows of an n x n matrix at a time: 50 MB of fp32 for n = 50,000
 INT8_ONE = 127  # the int8 that stands for 1
+TIE = 1e-6  # cosines that are closer than this are equal
 
 
 def row_blocks(num_rows: int) -> Iterator[slice]:
@@ -307,21 +308,26 @@ def collapse_measures(similarity: Similarity) -> dict[str, float]:
     return {"mean_cosine": (total - n) / max(n * (n - 1), 1), "effective_rank": n * n / squares}
 
 
-def instance_discrimination(views: Float[Tensor, "n d"], images: Float[Tensor, "n d"]) -> float:
-    """The share of images that a view of theirs is nearest to, by cosine and of all n.
+def instance_discrimination(
+    queries: Float[Tensor, "n d"], positives: Float[Tensor, "n d"], ranks: Sequence[int]
+) -> list[float]:
+    """Acc@k for each k of `ranks`: how often fewer than k other images are as close to an image as its own view is.
 
-    The non-parametric classification of Wu et al. 2018, https://arxiv.org/abs/1805.01978, as an accuracy. No label is
-    needed. A tie is no hit, so a collapsed encoder scores 0, and so does one that makes NaN or infinity.
+    Shi et al. 2021, https://arxiv.org/abs/2107.14762: the query is row i of `queries`, its positive row i of
+    `positives`, its negatives the other queries; closeness is the cosine. No label is needed. A tie counts against the
+    view, so a collapsed encoder scores 0 where n > k, and so does one that makes NaN or infinity.
 
     Args:
-        views: embeddings of one view of each image; need not be normalised.
-        images: embeddings of the images, in the same order.
+        queries: of the images themselves; need not be normalised.
+        positives: of one view of each, likewise.
+        ranks: each k >= 1.
     """
-    queries, keys = unit_rows(views), unit_rows(images)
-    hits = 0
-    for rows in row_blocks(len(queries)):
-        cosines = queries[rows] @ keys.T
-        own = cosines.diagonal(rows.start).clone()
-        cosines.diagonal(rows.start).fill_(-torch.inf)
-        hits += int((own > cosines.amax(dim=1)).sum())
-    return hits / len(queries)
+    z, views = unit_rows(queries), unit_rows(positives)
+    hits = [0] * len(ranks)
+    for rows in row_blocks(len(z)):
+        own = (z[rows] * views[rows]).sum(dim=1, keepdim=True)
+        others = z[rows] @ z.T
+        others.diagonal(rows.start).fill_(-torch.inf)
+        closer = len(z) - (others < own - TIE).sum(dim=1)
+        hits = [hit + int((closer < k).sum()) for hit, k in zip(hits, ranks, strict=True)]
+    return [hit / len(z) for hit in hits]

@@ -6,8 +6,8 @@ them. `recipe=greedy` sorts them by a score and goes down the list: a model join
 average with it is no lower than without.
 
 Departs from the paper: its score is the accuracy on held-out labels; the server here has none, and takes the
-instance discrimination accuracy on the public set: the share of images of which one random view is nearer to the plain
-image than to every other one, by cosine of the backbone's features. The views are drawn once a round and are the same
+instance discrimination accuracy on the public set: the share of images to which one random view of theirs is nearer
+than every other image, by cosine of the backbone's features. The views are drawn once a round and are the same
 for all candidates. The paper makes one soup, at the end; here each round cooks one and broadcasts it.
 
 What the score cannot see: classes. It rewards telling images apart, also two of one class, and any detail that survives
@@ -101,7 +101,7 @@ class Soup(PerFamily):
         with torch.no_grad(), evaluating(backbone):
             features = [(backbone(views), backbone(images)) for views, images in self.pairs]
         views, images = (torch.cat(part) for part in zip(*features, strict=True))
-        return instance_discrimination(views, images)
+        return instance_discrimination(images, views, [1])[0]
 
     def _views_and_images(self, round_num: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of one random view and the plain transform of each public image."""

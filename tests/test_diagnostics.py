@@ -14,12 +14,11 @@ from fedssl.evaluate import Diagnostics, linear_cka
 from fedssl.evaluate.diagnostics import (
     alignment,
     entropy_rank,
-    instance_discrimination,
     intra_class_alignment,
     uniformity,
 )
 from fedssl.evaluate.shards import accuracy_on
-from fedssl.similarity import FactorSimilarity, collapse_measures
+from fedssl.similarity import FactorSimilarity, collapse_measures, instance_discrimination
 
 
 def noise(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -73,6 +72,26 @@ def test_instance_discrimination_by_hand() -> None:
 
 def test_collapse_recognises_nobody() -> None:
     assert instance_discrimination(torch.ones(9, 3), torch.ones(9, 3), [1, 5, 8, 9]) == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, float("nan"), float("inf")])
+def test_what_tells_nothing_apart_recognises_nobody(value: float) -> None:
+    """More images than one block of rows holds."""
+    assert instance_discrimination(torch.full((300, 4), value), torch.full((300, 4), value), [1]) == [0]
+
+
+@pytest.mark.parametrize("n", [2, 7, 300])
+def test_instance_discrimination_written_out(n: int) -> None:
+    images = noise(n, 5, n)
+    views = images + 0.5 * noise(n, 5, n + 1)
+    hits = 0
+    for i in range(n):
+        own = float(torch.nn.functional.cosine_similarity(images[i], views[i], dim=0))
+        hits += all(
+            torch.nn.functional.cosine_similarity(images[i], images[j], dim=0) < own for j in range(n) if j != i
+        )
+    assert instance_discrimination(images, views, [1]) == [hits / n]
+    assert n == 2 or 0 < hits < n
 
 
 def test_cka_sees_no_rotation_no_scale_and_no_shift() -> None:

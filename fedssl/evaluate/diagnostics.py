@@ -18,9 +18,7 @@ from fedssl.data.views import Views
 from fedssl.errors import ConfigError
 from fedssl.evaluate.features import extract_features
 from fedssl.seeding import generator, numpy_generator
-from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
-
-TIE = 1e-6  # cosines that are closer differ by rounding alone
+from fedssl.similarity import FactorSimilarity, collapse_measures, instance_discrimination, unit_rows
 
 
 def alignment(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> float:
@@ -73,27 +71,6 @@ def entropy_rank(features: Float[Tensor, "n d"]) -> float:
         return 0.0
     p = values / values.sum()
     return float(torch.special.entr(p).sum().exp())
-
-
-def instance_discrimination(
-    queries: Float[Tensor, "n d"], positives: Float[Tensor, "n d"], ranks: Sequence[int]
-) -> list[float]:
-    """Acc@k for each k of `ranks`: how often fewer than k other images are as close to an image as its own view is.
-
-    Shi et al. 2021, https://arxiv.org/abs/2107.14762: the query is feature i of `queries`, its positive feature i of
-    `positives`, its negatives the other queries; closeness is the cosine. A tie counts against the view, so collapsed
-    features score 0 where n > k.
-
-    Args:
-        queries: of the images themselves.
-        positives: of one view of each.
-        ranks: each k >= 1.
-    """
-    z = unit_rows(queries)
-    own = (z * unit_rows(positives)).sum(dim=1, keepdim=True)
-    others = (z @ z.T).fill_diagonal_(-torch.inf)
-    closer = (others >= own - TIE).sum(dim=1)
-    return [(closer < k).float().mean().item() for k in ranks]
 
 
 def linear_cka(x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> float:
