@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fedssl
 from fedssl.anchors import EmbeddingQueue
+from fedssl.config import compose
 from fedssl.errors import ConfigError
 from fedssl.federation import simulation
 from fedssl.federation.setup import Setup
@@ -31,7 +32,7 @@ from fedssl.methods.swav import SwAV
 from fedssl.methods.vicreg import VICReg
 from fedssl.models import Model, TargetEncoder
 from fedssl.models.heads import MLP
-from tests.federation_helpers import assert_same, final_arrays, rows, run_interrupted, small
+from tests.federation_helpers import SMALL, assert_same, final_arrays, rows, run_interrupted, small
 from tests.test_train import image_set, run
 
 CONF = Path(__file__).parent.parent / "conf" / "method"
@@ -441,3 +442,19 @@ def test_heads_of_one_name_that_differ() -> None:
         Setup(small(None, "client.methods=[byol,simsiam]")).build_model("tiny")
     alike = small(None, "client.methods=[byol,simsiam]", "method=byol", "method.predictor_dim=32")
     assert list(Setup(alike).build_model("tiny").heads) == ["predictor"]
+
+
+def test_the_recipe_for_small_networks_runs(tmp_path: Path) -> None:
+    """Its optimiser, views, head and queue, on digits; widths and sizes are the tests'."""
+    sizes = [value for value in SMALL if "projector.hidden_dim" not in value]
+    chosen = [
+        "experiment=small_model_recipe",
+        "data=digits",
+        "views=strong",
+        "evaluate.every=9",
+        "method.queue_size=64",
+    ]
+    config = compose([*chosen, *sizes, f"run_dir={tmp_path / 'run'}"])
+    assert Setup(config).build_model("tiny").projector.hidden.weight.shape == (2 * 54, 54)  # type: ignore[union-attr]
+    assert fedssl.run(config)["status"] == "completed"
+    assert memory_of(tmp_path / "run", 0)["method/conv4_4/queue.rows"].shape == (64, 8)
