@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fedssl
 from fedssl.anchors import EmbeddingQueue
+from fedssl.config import compose
 from fedssl.errors import ConfigError
 from fedssl.federation import simulation
 from fedssl.federation.setup import Setup
@@ -31,7 +32,7 @@ from fedssl.methods.swav import SwAV
 from fedssl.methods.vicreg import VICReg
 from fedssl.models import Model, TargetEncoder
 from fedssl.models.heads import MLP
-from tests.federation_helpers import assert_same, final_arrays, rows, run_interrupted, small
+from tests.federation_helpers import SMALL, assert_same, final_arrays, rows, run_interrupted, small
 from tests.test_train import image_set, run
 
 CONF = Path(__file__).parent.parent / "conf" / "method"
@@ -226,14 +227,16 @@ def test_preparation_sees_no_batch_of_one_image() -> None:
 
 
 # --- SimSiam ---
-def test_simsiam_by_hand() -> None:
-    """As for BYOL, 2 - 2 cos would be 0 and 4: 1 - cos is 0 and 2, and their mean 1."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_simsiam_by_hand(sign: int) -> None:
+    """Four images whose dimensions batch norm makes 1 and -1; the predictor turns one of three round, so cos is 1/3."""
     model = Model(nn.Flatten(), nn.Identity(), {"predictor": nn.Linear(3, 3, bias=False)})
     with torch.no_grad():
-        turn = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-        model.heads["predictor"].weight.copy_(turn)  # type: ignore[operator, union-attr]
-    loss = SimSiam(predictor_dim=1).loss(model, nn.Module(), images_of(3 * E1), images_of(5 * E2))
-    torch.testing.assert_close(loss, torch.tensor(1.0))
+        model.heads["predictor"].weight.copy_(torch.diag(torch.tensor([1.0, 1.0, -1.0])))  # type: ignore[operator, union-attr]
+    z = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    x1, x2 = images_of(*(3 * z + 5)), images_of(*(sign * 7 * z))  # scale and shift do not matter
+    loss = SimSiam(predictor_dim=1).loss(model, nn.Module(), x1, x2)
+    assert loss.item() == pytest.approx(1 - sign / 3, abs=1e-5)
 
 
 def test_simsiams_target_stands_still() -> None:
@@ -246,10 +249,10 @@ def test_simsiams_target_stands_still() -> None:
     other = Model(nn.Flatten(), copy.deepcopy(model.projector), copy.deepcopy(dict(model.heads)))
     other.zero_grad()
     with torch.no_grad():
-        targets = other(x2), other(x1)
+        targets = normalised(other(x2)), normalised(other(x1))
     predictor, loss = other.heads["predictor"], torch.zeros(())
     for x, target in zip((x1, x2), targets, strict=True):
-        for p, z in zip(predictor(other(x)), target, strict=True):
+        for p, z in zip(predictor(normalised(other(x))), target, strict=True):
             loss = loss - p @ z / (p.norm() * z.norm()) / 6 / 2
     loss.backward()
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
@@ -439,3 +442,19 @@ def test_heads_of_one_name_that_differ() -> None:
         Setup(small(None, "client.methods=[byol,simsiam]")).build_model("tiny")
     alike = small(None, "client.methods=[byol,simsiam]", "method=byol", "method.predictor_dim=32")
     assert list(Setup(alike).build_model("tiny").heads) == ["predictor"]
+
+
+def test_the_recipe_for_small_networks_runs(tmp_path: Path) -> None:
+    """Its optimiser, views, head and queue, on digits; widths and sizes are the tests'."""
+    sizes = [value for value in SMALL if "projector.hidden_dim" not in value]
+    chosen = [
+        "experiment=small_model_recipe",
+        "data=digits",
+        "views=strong",
+        "evaluate.every=9",
+        "method.queue_size=64",
+    ]
+    config = compose([*chosen, *sizes, f"run_dir={tmp_path / 'run'}"])
+    assert Setup(config).build_model("tiny").projector.hidden.weight.shape == (2 * 54, 54)  # type: ignore[union-attr]
+    assert fedssl.run(config)["status"] == "completed"
+    assert memory_of(tmp_path / "run", 0)["method/conv4_4/queue.rows"].shape == (64, 8)

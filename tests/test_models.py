@@ -197,6 +197,13 @@ def test_the_shipped_projector_is_flesds() -> None:
     assert not any(isinstance(layer, nn.BatchNorm1d) for layer in head.modules())
 
 
+@pytest.mark.parametrize(("widening", "hidden"), [(2.0, 128), (0.51, 33)])
+def test_the_wide_projector_is_as_wide_as_it_says(widening: float, hidden: int) -> None:
+    config = OmegaConf.load(CONF / "projector" / "wide.yaml")
+    head = instantiate(OmegaConf.merge(config, {"widening": widening}), in_dim=64)
+    assert [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)] == [hidden, 128]
+
+
 def test_head_widths_must_be_positive() -> None:
     with pytest.raises(ConfigError, match=r"projector\.out_dim must be at least 1, got 3 and 0"):
         MLP(in_dim=2, hidden_dim=3, out_dim=0, batch_norm=False)

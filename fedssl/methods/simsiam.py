@@ -1,12 +1,14 @@
 """SimSiam: predict the other view's projection, which stands still. No negatives, no second network.
 
 Chen and He 2020, https://arxiv.org/abs/2011.10566. Departs from the paper: 1 is added to the loss, which is then 0
-where views agree; the projector is the run's (there three layers, with batch norm on each); the predictor's learning
-rate follows the schedule like all others (there it is constant).
+where views agree; the projector is the run's (there three layers, with batch norm on each), so the batch norm of its
+output, which the paper's Table 3 finds necessary, is in the loss, without weights as in the authors' code; the
+predictor's learning rate follows the schedule like all others (there it is constant).
 """
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,9 +39,12 @@ class SimSiam(Method):
     def loss(
         self, model: Model, state: nn.Module, x1: Float[Tensor, "b 3 s s"], x2: Float[Tensor, "b 3 s s"]
     ) -> Float[Tensor, ""]:
-        """Eq. 4 and Algorithm 1, plus 1: the mean of both orders' 1 - cos(p, stop-gradient z), each view a pass."""
+        """Eq. 4 and Algorithm 1, plus 1: the mean of both orders' 1 - cos(p, stop-gradient z), each view a pass.
+
+        z are projections, standardised over the batch.
+        """
         predictor = model.heads["predictor"]
-        z1, z2 = model(x1), model(x2)
+        z1, z2 = (F.batch_norm(model(x), None, None, training=True) for x in (x1, x2))
         first = cosine_distance(predictor(z1), z2.detach())
         second = cosine_distance(predictor(z2), z1.detach())
         return (first + second) / 2
