@@ -6,18 +6,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+@torch.no_grad()
 def balanced_assignment(scores: Float[Tensor, "n k"], temperature: float, num_iterations: int) -> Float[Tensor, "n k"]:
     """Soft assignment of n points to k clusters: rows sum to 1, and columns, after enough iterations, to n / k.
 
     The matrix a_i b_j exp(scores_ij / temperature) with these sums, by dividing columns and rows by their sums in turn:
-    Sinkhorn and Knopp 1967; Cuturi 2013, https://arxiv.org/abs/1306.0895, as optimal transport with entropy.
+    Sinkhorn and Knopp 1967; Cuturi 2013, https://arxiv.org/abs/1306.0895, as optimal transport with entropy. SwAV's
+    codes, Caron et al. 2020, Eq. 3 to 5, https://arxiv.org/abs/2006.09882. In log space; no gradient.
 
     Args:
         scores: of each point with each cluster, larger where they belong together.
         temperature: > 0; smaller is harder, and takes more iterations.
         num_iterations: at least 1, of columns and rows each; rows come last.
     """
-    log_p = scores / temperature
+    log_p = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
     for _ in range(num_iterations):
         log_p = log_p - log_p.logsumexp(dim=0)
         log_p = log_p - log_p.logsumexp(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """Losses: pure functions, one per formula.
 
-The contrastive ones compare two views; `barlow_twins` and `vicreg` keep dimensions apart instead of images; `sinkhorn`
-makes targets of a clustering. The similarity losses compare a student with a target: over k anchors (rows of
+The contrastive ones compare two views; `barlow_twins` and `vicreg` keep dimensions apart instead of images. The
+similarity losses compare a student with a target: over k anchors (rows of
 probabilities p against logits, whose softmax is q), or by kernels (`cka_loss`). `feature_distance` compares features.
 
 All that take projections accept half precision and autocast: cosines and what follows from them are computed in
@@ -125,26 +125,6 @@ def vicreg(
 def cosine_scores(z: Float[Tensor, "b d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "b k"]:
     """Cosines of projections with prototypes, neither of which need be normalised."""
     return _products(_unit(z), _unit(prototypes))
-
-
-@torch.no_grad()
-def sinkhorn(scores: Float[Tensor, "b k"], epsilon: float, iterations: int) -> Float[Tensor, "b k"]:
-    """SwAV's codes: assignments of images to prototypes that use all prototypes alike; no gradient. Rows sum to 1.
-
-    Caron et al. 2020, Eq. 3 to 5, https://arxiv.org/abs/2006.09882: the matrix nearest to exp(scores / epsilon), by
-    rescaling of rows and columns, with mass 1/b on each image and 1/k on each prototype, times b. In log space.
-
-    Args:
-        scores: cosines of images and prototypes.
-        epsilon: > 0; towards 0 an image has one prototype, towards infinity all.
-        iterations: of Sinkhorn and Knopp's, >= 1. Each ends with the images, so it is the prototypes' share that is
-            only nearly 1/k.
-    """
-    log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
-    for _ in range(iterations):
-        log_codes = log_codes - log_codes.logsumexp(dim=0)
-        log_codes = log_codes - log_codes.logsumexp(dim=1, keepdim=True)
-    return log_codes.exp()
 
 
 def cross_entropy(logits: Float[Tensor, "b k"], p: Float[Tensor, "b k"]) -> Float[Tensor, ""]:

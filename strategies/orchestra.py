@@ -295,7 +295,7 @@ class Orchestra(PerFamily):
         optimiser = torch.optim.SGD([centroids], lr=self.lr, momentum=self.momentum)
         for _ in range(self.steps):
             scores = local @ centroids.T
-            wanted = balanced_assignment(scores.detach(), self.sinkhorn_temperature, self.sinkhorn_iterations)
+            wanted = balanced_assignment(scores, self.sinkhorn_temperature, self.sinkhorn_iterations)
             loss = -F.cosine_similarity(wanted, F.softmax(scores / self.temperature, dim=1), dim=1).mean()
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

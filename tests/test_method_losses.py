@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedssl.losses import barlow_twins, cosine_scores, momentum_contrast, sinkhorn, vicreg
+from fedssl.clustering import balanced_assignment
+from fedssl.losses import barlow_twins, cosine_scores, momentum_contrast, vicreg
 from tests.test_losses import cosine, random_projections
 
 # Columns of mean 0 that are orthogonal: three dimensions of four images.
@@ -131,9 +132,11 @@ def test_vicreg_equals_its_transcription(seed: int, scale: float) -> None:
 # --- SwAV ---
 def test_codes_by_hand() -> None:
     """Images alike use all prototypes alike, whatever they prefer; balanced preferences stay as they are."""
-    torch.testing.assert_close(sinkhorn(torch.tensor([[0.9, 0.1]]).expand(6, 2), 0.05, 3), torch.full((6, 2), 0.5))
-    torch.testing.assert_close(sinkhorn(torch.eye(3), 0.5, 3), torch.softmax(torch.eye(3) / 0.5, dim=1))
-    torch.testing.assert_close(sinkhorn(torch.eye(3), 0.001, 3), torch.eye(3))  # exp(1000) is no obstacle
+    torch.testing.assert_close(
+        balanced_assignment(torch.tensor([[0.9, 0.1]]).expand(6, 2), 0.05, 3), torch.full((6, 2), 0.5)
+    )
+    torch.testing.assert_close(balanced_assignment(torch.eye(3), 0.5, 3), torch.softmax(torch.eye(3) / 0.5, dim=1))
+    torch.testing.assert_close(balanced_assignment(torch.eye(3), 0.001, 3), torch.eye(3))  # exp(1000) is no obstacle
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -142,12 +145,12 @@ def test_codes_by_hand() -> None:
 def test_codes_equal_their_transcription(seed: int, epsilon: float, iterations: int) -> None:
     scores = cosine_scores(*random_projections(b=5, d=3, seed=seed, dtype=torch.float64))[:, :4]
     expected = torch.tensor(literal_sinkhorn(scores, epsilon, iterations), dtype=torch.float64)
-    torch.testing.assert_close(sinkhorn(scores, epsilon, iterations), expected)
+    torch.testing.assert_close(balanced_assignment(scores, epsilon, iterations), expected)
 
 
 def test_codes_are_balanced_in_the_end_and_have_no_gradient() -> None:
     scores = cosine_scores(*random_projections(b=12, d=3, seed=0))[:, :4].requires_grad_()
-    codes = sinkhorn(scores, 0.1, 200)
+    codes = balanced_assignment(scores, 0.1, 200)
     torch.testing.assert_close(codes.sum(dim=1), torch.ones(12))
     torch.testing.assert_close(codes.sum(dim=0), torch.full((4,), 3.0))
     assert not codes.requires_grad
@@ -155,14 +158,14 @@ def test_codes_are_balanced_in_the_end_and_have_no_gradient() -> None:
 
 # --- precision ---
 def swapped(z1: Tensor, z2: Tensor) -> Tensor:
-    return sinkhorn(cosine_scores(z1, z2), 0.05, 3).square().mean()
+    return balanced_assignment(cosine_scores(z1, z2), 0.05, 3).square().mean()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "momentum_contrast": lambda z1, z2: momentum_contrast(z1, z2, z2.flip(0), 0.05),
     "barlow_twins": lambda z1, z2: barlow_twins(z1, z2, 0.01),
     "vicreg": lambda z1, z2: vicreg(z1, z2, 25, 25, 1),
-    "sinkhorn": swapped,
+    "balanced_assignment": swapped,
 }
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedssl.anchors import EmbeddingQueue
+from fedssl.clustering import balanced_assignment
 from fedssl.errors import ConfigError
-from fedssl.losses import cosine_scores, cross_entropy, sinkhorn
+from fedssl.losses import cosine_scores, cross_entropy
 from fedssl.methods import Method
 from fedssl.models import Model
 
@@ -70,4 +71,4 @@ class SwAV(Method):
 
     def codes(self, scores: Float[Tensor, "b k"], past: Float[Tensor, "q k"]) -> Float[Tensor, "b k"]:
         """The codes of a batch, balanced over it and the queue."""
-        return sinkhorn(torch.cat([scores, past]), self.epsilon, self.sinkhorn_iterations)[: len(scores)]
+        return balanced_assignment(torch.cat([scores, past]), self.epsilon, self.sinkhorn_iterations)[: len(scores)]
