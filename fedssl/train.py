@@ -268,7 +268,7 @@ def _mean_loss(losses: list[Tensor], done: int, epoch: int, optimisation: Optimi
             raise FedSSLError(
                 f"the loss became {value} in step {done + i + 1} (epoch {epoch}) of training on {name}, with "
                 f"{optimisation.optimiser} and lr={optimisation.lr}. Lower client.optimisation.lr, raise its "
-                f"warmup_steps, or raise method.temperature."
+                f"warmup_steps, or, where the method has one, raise method.temperature."
             )
     return math.fsum(values) / len(values)
 
