@@ -228,8 +228,15 @@ def test_a_larger_mu_stays_nearer() -> None:
         start = family_state(initial.arrays, "tiny")
         moved = [upload.arrays[f"tiny/{name}"] - start[name].numpy() for name in trained_names(client)]
         distances.append(math.sqrt(sum(float((d**2).sum()) for d in moved)))
-        assert (upload.metrics["penalty"] > 0) == (mu > 0)
+        assert (upload.metrics.get("penalty", 0) > 0) == (mu > 0)
     assert distances[0] > distances[1] > distances[2] > 0
+
+
+def test_without_mu_a_head_that_the_method_does_not_train_stays(tmp_path: Path) -> None:
+    """A SimCLR client also holds BYOL's predictor: no gradient and so no weight decay, as under FedAvg."""
+    mixed = ("client.methods=[simclr,byol]", "client.optimisation.weight_decay=0.1", "federation.num_rounds=1")
+    fedavg = run(tmp_path / "fedavg", "strategy=fedavg", *mixed)
+    assert_same(run(tmp_path / "fedprox", "strategy=fedprox", "strategy.client.mu=0", *mixed), fedavg)
 
 
 # --- FedU ---
