@@ -193,7 +193,8 @@ def fedavg() -> FedAvg:
     identify_process()
     setup = Setup(small(None, "strategy=fedavg"))
     families = {"families": ("a", "b"), "client_families": ("a", "b"), "report_family": "a"}
-    strategy = FedAvg(server=dataclasses.replace(setup.server(), **families), weighted=True)
+    trainers = {"num_trainers_of": {"a": 2, "b": 2}}
+    strategy = FedAvg(server=dataclasses.replace(setup.server(), **families, **trainers), weighted=True)
     strategy.round_num = 1
     strategy.arrays = ArrayRecord(
         {
