@@ -88,7 +88,8 @@ class FedMKDClient:
         model = client.remembered(client.family)
         aligned: dict[str, float] = {}
         if self.align_epochs > 0 and client.round_num > 1:
-            aligned = self.align(client, model, client.load(broadcast))
+            with client.doing("alignment"):
+                aligned = self.align(client, model, client.load(broadcast))
             client.memory.clear()
         metrics = client.train(model, epochs=self.local_epochs)
         client.remember(model, client.family)

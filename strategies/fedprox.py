@@ -43,7 +43,9 @@ class FedProxClient:
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client."""
         model = client.load(broadcast)
-        metrics = client.train(model, epochs=self.local_epochs, penalty=proximal_term(model, self.mu))
+        # Not even a term of 0: it would give weights that the method does not train a gradient, and so weight decay.
+        penalty = proximal_term(model, self.mu) if self.mu > 0 else None
+        metrics = client.train(model, epochs=self.local_epochs, penalty=penalty)
         return client.upload(client.weights(model), metrics, codec="weights")
 
 

@@ -119,10 +119,10 @@ class HeteroSSFL(PerClient):
             )
         if dtype not in DTYPES:
             raise ConfigError(f"strategy.server.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        if server.report_family not in server.client_families:
+        if server.report_family not in server.trained_families:
             raise ConfigError(
                 f"strategy=hetero_ssfl has no global model, and no client is of federation.report_family="
-                f"{server.report_family}: choose one of {', '.join(server.client_families)}."
+                f"{server.report_family}: choose one of {', '.join(server.trained_families)}."
             )
         self.codec = codec
         self.dtype = dtype

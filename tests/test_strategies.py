@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
@@ -193,7 +193,8 @@ def fedavg() -> FedAvg:
     identify_process()
     setup = Setup(small(None, "strategy=fedavg"))
     families = {"families": ("a", "b"), "client_families": ("a", "b"), "report_family": "a"}
-    strategy = FedAvg(server=dataclasses.replace(setup.server(), **families), weighted=True)
+    trainers = {"num_trainers_of": {"a": 2, "b": 2}}
+    strategy = FedAvg(server=dataclasses.replace(setup.server(), **families, **trainers), weighted=True)
     strategy.round_num = 1
     strategy.arrays = ArrayRecord(
         {
@@ -423,6 +424,33 @@ def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
         assert trained == {FAMILIES[partition % 3], "conv4_4"}
         initial = model_state(setup.build_model("conv4_4"))
         assert any(not torch.equal(memory[f"conv4_4/{name}"], value) for name, value in initial.items())
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({"knn_top1": 0.5}, r"it calls a figure 'knn_top1', not <family>/<metric>"),
+        ({"resnet18/knn_top1": 0.5}, "it calls a figure 'resnet18/knn_top1'"),
+        ({"tiny/knn_top1": [0.5, 0.6]}, r"it declares tiny/knn_top1=\[0\.5, 0\.6\]"),
+        ({"tiny/knn_top1": float("nan")}, "it declares tiny/knn_top1=nan"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_figures_that_are_none_are_refused_and_the_others_reported(figures: dict[str, Any], message: str) -> None:
+    """They would end the run with a traceback, or make everybody's mean nan."""
+    identify_process()
+    strategy = build_strategy(Setup(small(None, "strategy=local_only")))
+    honest, liar = figures_reply(3, {"tiny/knn_top1": 0.25}), figures_reply(1, figures)
+    with pytest.raises(PayloadError, match=message):
+        strategy.check_evaluation(liar)
+    assert dict(strategy.aggregate_evaluate(1, [liar, honest]) or {}) == {"tiny/knn_top1": [0.25]}
+
+
+def figures_reply(partition: int, figures: dict[str, Any]) -> Message:
+    message = Message(RecordDict(), 1000 + partition, "evaluate")
+    stamp(message, str(partition))
+    records = {"metrics": MetricRecord(figures), "header": ConfigRecord({"partition_id": partition})}
+    return Message(RecordDict(records), reply_to=message)
 
 
 def test_what_a_client_remembers_is_a_copy() -> None:

@@ -1,5 +1,6 @@
 """FedMKD: the attention, the student's loss and one step of it by hand; what clients and server keep."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from fedssl.data.images import ImageSet
-from fedssl.errors import ConfigError, PayloadError
+from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation import simulation
 from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast
@@ -363,6 +364,18 @@ def test_a_client_goes_on_with_its_own_model_aligned_to_the_student(tmp_path: Pa
         if not name.startswith("heads") and "running" not in name:
             assert torch.equal(client.memory[f"method/tiny/{name}"], value), name
             assert not torch.equal(client.memory[f"tiny/{name}"], value), name
+
+
+def test_a_failure_while_aligning_says_so() -> None:
+    setup = Setup(small(None, "strategy=fedmkd"))
+    client = setup.client(2, 2)
+    client.local = dataclasses.replace(
+        client.local, optimisation=dataclasses.replace(client.local.optimisation, lr=1e30)
+    )
+    arrays = family_arrays(setup.server().initial_arrays(), "tiny")
+    with pytest.raises(FedSSLError, match=r"training on .*public"):
+        setup.client_half(client, Broadcast(round_num=2, num_rounds=2, family="tiny", arrays=arrays))
+    assert client.phase == "alignment"
 
 
 def test_without_alignment_the_student_never_reaches_a_client(tmp_path: Path) -> None:

@@ -228,8 +228,15 @@ def test_a_larger_mu_stays_nearer() -> None:
         start = family_state(initial.arrays, "tiny")
         moved = [upload.arrays[f"tiny/{name}"] - start[name].numpy() for name in trained_names(client)]
         distances.append(math.sqrt(sum(float((d**2).sum()) for d in moved)))
-        assert (upload.metrics["penalty"] > 0) == (mu > 0)
+        assert (upload.metrics.get("penalty", 0) > 0) == (mu > 0)
     assert distances[0] > distances[1] > distances[2] > 0
+
+
+def test_without_mu_a_head_that_the_method_does_not_train_stays(tmp_path: Path) -> None:
+    """A SimCLR client also holds BYOL's predictor: no gradient and so no weight decay, as under FedAvg."""
+    mixed = ("client.methods=[simclr,byol]", "client.optimisation.weight_decay=0.1", "federation.num_rounds=1")
+    fedavg = run(tmp_path / "fedavg", "strategy=fedavg", *mixed)
+    assert_same(run(tmp_path / "fedprox", "strategy=fedprox", "strategy.client.mu=0", *mixed), fedavg)
 
 
 # --- FedU ---
@@ -429,6 +436,28 @@ def test_l_dawa_says_when_it_was_only_warming_up() -> None:
     }
     assert not any("L-DAWA" in note for note in notes[1])
     assert "every round was a warm-up round: here L-DAWA is FedAvg" in notes[2]
+
+
+# --- families ---
+@pytest.mark.parametrize("strategy", ["fedavg", "hetero_ssfl"])
+def test_a_family_whose_only_client_is_the_public_set_heads_no_report(strategy: str) -> None:
+    """It would head it untrained, or without any figures."""
+    shard = ("public=client_shard", "federation.num_clients=3", "federation.server_families=[conv4_4]")
+    setup = Setup(small(None, f"strategy={strategy}", *shard, "federation.report_family=conv4_4"))
+    with pytest.raises(ConfigError, match=r"report_family=conv4_4: choose one of conv4_2, tiny\."):
+        build_strategy(setup)
+
+
+def test_notes_name_the_families_that_learn_nothing_or_alone() -> None:
+    shard = ("public=client_shard", "federation.server_families=[wide]", "federation.families=[conv4_4,conv4_2,tiny]")
+    wide = "+models.wide={_target_: fedssl.models.backbones.Conv4, width: 6}"
+    setup = Setup(small(None, "strategy=fedavg", *shard, wide, "federation.num_clients=3"))
+    assert build_strategy(setup).notes() == [
+        "conv4_2 has one client: its global model is local training",
+        "tiny has one client: its global model is local training",
+        "conv4_4 has no client that trains: it learns nothing here",
+        "wide has no client that trains: it learns nothing here",
+    ]
 
 
 # --- settings ---

@@ -66,14 +66,15 @@ class WeightUploads(Strategy):
 class PerFamily(WeightUploads):
     """Lets `merge` make new weights of a family's uploads.
 
-    A family with one client is local training that passes through the server: `notes` names it, for the report.
+    A family with one client is local training that passes through the server, and one without any learns nothing:
+    `notes` names them, for the report.
     """
 
     def __init__(self, *, server: Server) -> None:
-        if server.report_family not in server.client_families:
+        if server.report_family not in server.trained_families:
             raise ConfigError(
                 f"this strategy merges the weights that clients send, and no client is of federation.report_family="
-                f"{server.report_family}: choose one of {', '.join(server.client_families)}."
+                f"{server.report_family}: choose one of {', '.join(server.trained_families)}."
             )
         super().__init__(server=server)
 
@@ -101,5 +102,9 @@ class PerFamily(WeightUploads):
 
     def notes(self) -> list[str]:
         """What a reader of the figures has to know."""
-        alone = [family for family, count in self.server.num_trainers_of.items() if count == 1]
-        return [f"{family} has one client: its global model is local training" for family in alone]
+        of = self.server.num_trainers_of
+        alone = [family for family in self.server.trained_families if of[family] == 1]
+        untrained = [family for family in self.server.families if family not in self.server.trained_families]
+        return [f"{family} has one client: its global model is local training" for family in alone] + [
+            f"{family} has no client that trains: it learns nothing here" for family in untrained
+        ]

@@ -305,7 +305,12 @@ class Rounds:
         messages = list(self.strategy.configure_evaluate(round_num, arrays, ConfigRecord(), self.grid))
         if not messages:
             return self._evaluate_global(round_num, arrays), {}
-        gathered = gather(self.grid, messages, check=lambda reply: None, timeout=self.setup.federation.round_timeout)
+        gathered = gather(
+            self.grid,
+            messages,
+            check=getattr(self.strategy, "check_evaluation", lambda reply: None),
+            timeout=self.setup.federation.round_timeout,
+        )
         for failure in gathered.failures:
             log.warning("evaluation of partition %d %s: %s", failure.partition, failure.kind, failure.reason)
             kind = failure.kind if failure.kind in EVENTS else "failed"

@@ -62,6 +62,11 @@ class Server:
     embed_batch_size: int
     device: torch.device
 
+    @property
+    def trained_families(self) -> tuple[str, ...]:
+        """Those of `client_families` that a client trains; the public shard's may be the only one of its family."""
+        return tuple(family for family in self.client_families if self.num_trainers_of.get(family))
+
     def initial_arrays(self) -> ArrayRecord:
         """The run's initial weights of all families."""
         return to_arrays({family: model_state(self.build_model(family)) for family in self.families})
