@@ -132,9 +132,11 @@ def _let_chosen_groups_win(
 
 
 def _named_source(
-    group: str, name: str, root: str | None, image_size: int, search_path: Sequence[str]
+    group: str, name: Any, root: str | None, image_size: int, search_path: Sequence[str]
 ) -> dict[str, Any]:
     """The node of conf/data/<name>.yaml, decoded at `image_size` pixels."""
+    if not isinstance(name, str):  # Hydra would end with a traceback
+        raise ConfigError(f"{group}.data must be a name of conf/data, e.g. cifar10, got {name!r}.")
     source = hydra.compose(CONFIG_NAME, [f"data={name}", *search_path]).data
     OmegaConf.set_struct(source, False)
     if root is not None:
@@ -151,10 +153,15 @@ def overridden(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
     """A resolved configuration with the values that overrides `key=value` give; every key must be there already.
 
     Raises:
-        ConfigError: an unknown key, or an override that is no value (a sweep, a deletion).
+        ConfigError: an unknown key, a group instead of one of its values, or an override that is no value (a sweep, a
+            deletion, half a list).
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"{text} is no override as in key=value: {message_of(error)}") from error
         if override.is_sweep_override() or override.is_delete():
             raise ConfigError(f"{override.input_line}: here an override gives one value, as in key=value")
         *path, last = override.key_or_group.split(".")
@@ -164,6 +171,12 @@ def overridden(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
         if not isinstance(node, dict) or last not in node:
             known = f"; {'.'.join(path)} has {', '.join(node)}" if isinstance(node, dict) else ""
             raise ConfigError(f"{override.input_line}: the run has no such key{known}")
+        if isinstance(node[last], dict):
+            group, names = override.key_or_group, [name for name in node[last] if name != "_target_"]
+            raise ConfigError(
+                f"{override.input_line}: {group} is a group of settings; override one of them, {', '.join(names)}, "
+                f"as in {group}.<key>=..."
+            )
         node[last] = override.value()
     return changed
 

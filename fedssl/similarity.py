@@ -301,10 +301,13 @@ def collapse_measures(similarity: Similarity) -> dict[str, float]:
 
     `effective_rank` is the participation ratio of the eigenvalues l of S, (sum l)^2 / sum l^2 = tr(S)^2 / ||S||_F^2
     with tr(S) = n: 1 when all embeddings are parallel, r when they fill r directions evenly. It needs no
-    eigenvalues and is the same number from factors and from the matrix.
+    eigenvalues and is the same number from factors and from the matrix. Both are 0 where no image has a direction: so
+    standardised features of a fully collapsed backbone come out.
     """
     n = similarity.num_samples
     total, squares = similarity.sums()
+    if squares == 0:
+        return {"mean_cosine": 0.0, "effective_rank": 0.0}
     return {"mean_cosine": (total - n) / max(n * (n - 1), 1), "effective_rank": n * n / squares}
 
 

@@ -254,6 +254,15 @@ def test_another_data_set_has_a_file_of_its_own(flesd: Path, tmp_path: Path, com
     assert results["absent"]["shard_linear_top1"] == "the clients' images are not of the classes that are tested"
 
 
+def test_a_family_named_twice_is_measured_once(flesd: Path, tmp_path: Path, command: Command) -> None:
+    run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
+    nothing = ("evaluate.finetune.shares=[]", "evaluate.label_shares.shares=[]", "evaluate.raw_pixels=false")
+    assert command(str(run_dir), "evaluate.families=[tiny,tiny]", *nothing).code == 0
+    rows = [(row["model"], row["partition"]) for row in measured(run_dir)["rows"]]
+    assert len(rows) == len(set(rows))
+    assert ("global", None) in rows
+
+
 def test_mean_and_range_over_clients() -> None:
     assert over_clients([]) == {}
     rows = [{"a": 1.0, "a_std": 0.2}, {"a": 4.0, "a_std": 0.4}]
@@ -303,6 +312,12 @@ REFUSED = {
     "no override": (["linear"], ["linear: a finished run stays as it is"]),
     "a word for a number": (["evaluate.finetune.epochs=many"], ["evaluate.finetune.epochs must be a whole number"]),
     "a sweep": (["evaluate.knn.k=1,2"], ["evaluate.knn.k=1,2", "one value"]),
+    "half a list": (["evaluate.families=[tiny"], ["evaluate.families=[tiny is no override as in key=value"]),
+    "nothing for a group": (
+        ["evaluate.finetune=null"],
+        ["evaluate.finetune=null: evaluate.finetune is a group of settings", "override one of them, shares, num_draws"],
+    ),
+    "a number for a data set": (["evaluate.data=5"], ["evaluate.data must be a name of conf/data", "got 5"]),
     "a value that cannot work": (["evaluate.diagnostics.num_images=1"], ["num_images must be at least 2"]),
     "a probe that cannot work": (["evaluate.knn.k=0"], ["evaluate.knn.k must be at least 1, got 0"]),
     "an unknown family": (["evaluate.families=[resnet99]"], ["'resnet99'", "conv4_4, conv4_2, tiny"]),

@@ -126,6 +126,12 @@ def test_collapse_measures_by_hand(z: Tensor, mean_cosine: float, effective_rank
         assert measures["effective_rank"] == pytest.approx(effective_rank, rel=1e-5)
 
 
+def test_without_any_direction_there_is_no_rank() -> None:
+    """A client whose features are the same for all images is refused by its codec, which says so; not by a division."""
+    nothing = FactorSimilarity(factors=torch.zeros(5, 3))
+    assert collapse_measures(nothing) == {"mean_cosine": 0.0, "effective_rank": 0.0}
+
+
 @pytest.mark.parametrize(("n", "d"), [(12, 5), (12, 12), (300, 301)])
 def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues(n: int, d: int) -> None:
     z = embeddings(n, d)

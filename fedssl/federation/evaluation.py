@@ -244,4 +244,4 @@ def _chosen(run: FinishedRun, thorough: Thorough) -> list[str]:
                 f"evaluate.families names {family!r}; the architectures of {run.run_dir} are {', '.join(known)}."
             )
     report = run.setup.report_family
-    return sorted(thorough.families or known, key=lambda family: family != report)
+    return sorted(dict.fromkeys(thorough.families or known), key=lambda family: family != report)
