@@ -55,12 +55,16 @@ def test_every_choice_composes_into_plain_values_of_the_right_types(group: str, 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_yaml_lists_every_parameter_and_none_besides(group: str, choice: str) -> None:
-    """So `--cfg job` shows the whole run, and Hydra refuses a mistyped key; numbers have no defaults in Python."""
+    """So `--cfg job` shows the whole run, and Hydra refuses a mistyped key; numbers have no defaults in Python.
+
+    Flower's strategies have more parameters than matter here (`fedssl.federation.stock` sets or refuses those).
+    """
     for key, node in nodes(composed(group, choice)):
         target = pkgutil.resolve_name(node["_target_"])
         parameters = set(inspect.signature(target).parameters) - GIVEN_BY_CODE
         beside = {"store"} if key == "client" else set()  # read by the run itself
-        assert parameters == set(node) - {"_target_"} - GIVEN_BY_CODE - beside, key
+        listed = set(node) - {"_target_"} - GIVEN_BY_CODE - beside
+        assert listed <= parameters if node["_target_"].startswith("flwr.") else listed == parameters, key
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
