@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {  # overrides, and what the m
         ["no key federation.num_round.", "Did you mean federation.num_rounds?"],
     ),
     "unknown top key": (["sed=3"], ["there is no key sed. Did you mean seed?", "max_seconds"]),
-    "unknown choice": (["strategy=fedsgd"], ["strategy=fedsgd: there is no such choice", "centralized, fedavg, flesd"]),
+    "unknown choice": (["strategy=fedsgd"], ["strategy=fedsgd: there is no such choice", "flesd, hetero_ssfl"]),
     "key left out": (["~federation.num_rounds"], ["Federation", "'num_rounds'"]),
     "group left out": (["~grid"], ["the configuration has no grid"]),
     "unknown experiment": (
