@@ -52,7 +52,7 @@ from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
-from fedssl.losses import cosine_distance
+from fedssl.losses import cosine_distance, momentum_contrast
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim
 from fedssl.models.heads import MLP
@@ -126,25 +126,6 @@ class Attention(nn.Module):
         return F.softmax((key * query[:, None]).sum(dim=2) / query.shape[1], dim=1)
 
 
-def queue_info_nce(
-    t: Float[Tensor, "b d"], s: Float[Tensor, "b d"], queue: Float[Tensor, "k d"], temperature: float
-) -> Float[Tensor, ""]:
-    """Each teacher's projection finds the student's of the same view among those in the queue: log(1 + k) by chance.
-
-    MoCo's loss (He et al. 2020, Eq. 1, https://arxiv.org/abs/1911.05722), with gradient to both sides of the pair.
-
-    Args:
-        t: the teacher's.
-        s: the student's of the same views.
-        queue: the student's of other views, of length 1.
-        temperature: > 0.
-    """
-    t, s = F.normalize(t.float(), dim=1), F.normalize(s.float(), dim=1)
-    with torch.autocast(t.device.type, enabled=False):
-        logits = torch.cat([(t * s).sum(dim=1, keepdim=True), t @ queue.T], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(t), dtype=torch.long, device=t.device))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Integration(Method):
     """The student's loss. `model.heads["attention"]` is trained with it."""
@@ -183,7 +164,7 @@ class Integration(Method):
             z = torch.stack([F.normalize(teacher(x).float(), dim=1) for teacher in self.teachers], dim=1)
         a = model.heads["attention"](s, z)
         t = (a[:, :, None] * z).sum(dim=1)
-        distilled = queue_info_nce(t, s, state.queue, self.temperature)  # type: ignore[arg-type]
+        distilled = momentum_contrast(t, s, state.queue, self.temperature)  # type: ignore[arg-type]
         state.queue = torch.cat([s.detach(), state.queue])[: self.queue_size]  # type: ignore[list-item]
         return self.method_weight * own + self.distill_weight * distilled
 

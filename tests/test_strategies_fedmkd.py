@@ -22,11 +22,11 @@ from fedssl.federation.client import Broadcast
 from fedssl.federation.records import Upload, family_arrays, model_state
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
-from fedssl.losses import nt_xent
+from fedssl.losses import momentum_contrast, nt_xent
 from fedssl.methods.simclr import SimCLR
 from fedssl.models import Model
 from fedssl.train import Optimisation, train
-from strategies.fedmkd import Alignment, Attention, FedMKD, FedMKDClient, Integration, queue_info_nce
+from strategies.fedmkd import Alignment, Attention, FedMKD, FedMKDClient, Integration
 from tests.federation_helpers import (
     FAMILIES,
     assert_same,
@@ -115,8 +115,8 @@ def test_attention_written_out() -> None:
 def test_the_queues_loss_in_closed_form(k: int) -> None:
     """A teacher that the student meets, a queue at right angles: log(1 + k e^(-1/T)). All alike: log(1 + k)."""
     t, away = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]]).expand(k, 2)
-    assert queue_info_nce(t, 2 * t, away, 0.1).item() == pytest.approx(math.log1p(k * math.exp(-10)), abs=1e-6)
-    assert queue_info_nce(t, t, F.normalize(t).expand(k, 2), 0.1).item() == pytest.approx(math.log1p(k))
+    assert momentum_contrast(t, 2 * t, away, 0.1).item() == pytest.approx(math.log1p(k * math.exp(-10)), abs=1e-6)
+    assert momentum_contrast(t, t, F.normalize(t).expand(k, 2), 0.1).item() == pytest.approx(math.log1p(k))
 
 
 def test_the_loss_written_out_and_the_queue_after_it() -> None:
