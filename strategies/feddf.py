@@ -20,10 +20,12 @@ The server computes more than FLESD's: besides the distillation, which `public_o
 whole public set through every client's model (`teacher_passes`). Sizes that weigh are those that clients declare.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
-from weakref import WeakKeyDictionary
 
 from flwr.app import ArrayRecord, Message, MetricRecord
+from jaxtyping import Float
+from torch import Tensor
 
 from fedssl.distill import Distillation
 from fedssl.ensemble import Rule, check_cohort, make_target
@@ -33,7 +35,10 @@ from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import mean_weights
+from fedssl.models import Model
 from fedssl.similarity import FactorSimilarity, unit_rows
+
+log = logging.getLogger(__name__)
 
 
 class FedDF(WeightUploads):
@@ -67,28 +72,21 @@ class FedDF(WeightUploads):
         self.embedding = embedding
         self.ensemble = ensemble
         self.distillation = distillation
-        self.embedded: WeakKeyDictionary[Message, FactorSimilarity] = WeakKeyDictionary()
 
-    def check(self, reply: Message) -> Upload:
-        """Parse an upload, and embed the public set with its model, once."""
-        upload = super().check(reply)
-        if reply not in self.embedded:
-            embeddings = self.server.embed_public(self.model(upload), self.embedding)
-            if not embeddings.isfinite().all():
-                raise PayloadError("its model makes NaN or infinity of public images")
-            self.embedded[reply] = FactorSimilarity(factors=unit_rows(embeddings))
-        return upload
+    def look(self, model: Model) -> Float[Tensor, "n d"]:
+        """The model's embeddings of the whole public set, of length 1."""
+        return unit_rows(self.server.embed_public(model, self.embedding))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average each family, and distil the ensemble of all clients into the averages."""
-        received = read_uploads(replies, lambda reply: (self.check(reply), self.embedded[reply]))
+        received = read_uploads(replies, lambda reply: (self.check(reply), self.seen[reply]))
         if not received:
             return self.arrays, None
         uploads = [upload for upload, _ in received]
         target = make_target(
-            [similarity.to(self.server.device) for _, similarity in received],
+            [FactorSimilarity(factors=embeddings).to(self.server.device) for _, embeddings in received],
             self.ensemble,
             self.distillation.target_temperature,
             [upload.num_images for upload in uploads],
@@ -108,4 +106,10 @@ class FedDF(WeightUploads):
         if not members:
             return self.arrays
         shares = [upload.num_images if self.weighted else 1.0 for upload in members]
-        return to_arrays({family: mean_weights([upload.arrays for upload in members], shares)})
+        mean = mean_weights([upload.arrays for upload in members], shares)
+        try:
+            self.check_merged(family, mean)
+        except PayloadError as error:
+            log.warning("%s starts from its weights as they were, the mean is of no use: %s", family, error)
+            return self.arrays
+        return to_arrays({family: mean})

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from fedssl.errors import ConfigError
-from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.client import Broadcast, Client, own_model
 from fedssl.federation.records import Upload
 from fedssl.models import Model, move_average
 
@@ -61,7 +61,7 @@ class FedEMAClient:
 
     def _mix_in_own(self, client: Client, model: Model) -> dict[str, float]:
         """`model` comes with the global weights and leaves with the mixture; returns `mu` and `divergence`."""
-        if not any(name.startswith(f"{client.family}/") for name in client.memory):
+        if not own_model(client.memory, client.family):
             return {"mu": 0.0}
         own = client.remembered(client.family)
         divergence = encoder_distance(model, own)

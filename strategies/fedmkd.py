@@ -38,7 +38,6 @@ client's model sees it once per student and epoch: `image_passes`. `public_only`
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ from flwr.serverapp import Grid
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedssl.errors import ConfigError, PayloadError
+from fedssl.errors import ConfigError
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
@@ -162,6 +161,7 @@ class Integration(Method):
         s = F.normalize(model(x).float(), dim=1)
         with torch.no_grad():
             z = torch.stack([F.normalize(teacher(x).float(), dim=1) for teacher in self.teachers], dim=1)
+            z = torch.nan_to_num(z, nan=0)  # whoever overflows at this view says nothing of it
         a = model.heads["attention"](s, z)
         t = (a[:, :, None] * z).sum(dim=1)
         distilled = momentum_contrast(t, s, state.queue, self.temperature)  # type: ignore[arg-type]
@@ -227,7 +227,6 @@ class FedMKD(WeightUploads):
         self.queue_size = queue_size
         self.attention_dim = attention_dim
         self.width = widths[server.report_family]
-        self.embedded: WeakKeyDictionary[Message, Tensor] = WeakKeyDictionary()
         self.kept: dict[str, Tensor] = {}  # attention and method's state by <family>/<part>/<name>, before this round
         self.learned: dict[str, Tensor] = {}  # the same after it
 
@@ -238,21 +237,15 @@ class FedMKD(WeightUploads):
         self.kept = self.learned
         return super().configure_train(server_round, arrays, config, grid)
 
-    def check(self, reply: Message) -> Upload:
-        """Parse an upload, and see once what its model makes of the public set."""
-        upload = super().check(reply)
-        if reply not in self.embedded:
-            projections = self.server.embed_public(self.model(upload), "projector")
-            if not projections.isfinite().all():
-                raise PayloadError("its model makes NaN or infinity of public images")
-            self.embedded[reply] = unit_rows(projections)
-        return upload
+    def look(self, model: Model) -> Float[Tensor, "n d"]:
+        """The model's projections of the whole public set, of length 1."""
+        return unit_rows(self.server.embed_public(model, "projector"))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Every student learns from all clients."""
-        received = read_uploads(replies, lambda reply: (self.check(reply), self.embedded[reply]))
+        received = read_uploads(replies, lambda reply: (self.check(reply), self.seen[reply]))
         self.learned = dict(self.kept)
         if not received:
             return self.arrays, None

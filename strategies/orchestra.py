@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from fedssl.clustering import balanced_assignment, equal_kmeans
 from fedssl.errors import ConfigError, PayloadError
+from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import PerFamily
 from fedssl.federation.records import Upload, family_arrays
@@ -272,6 +273,13 @@ class Orchestra(PerFamily):
             raise PayloadError(
                 f"{LOCAL!r} must be unit vectors, got lengths {lengths.min():.3g} to {lengths.max():.3g}"
             )
+
+    def model(self, upload: Upload) -> Model:
+        """The model that a client sent, with the global centroids as they were broadcast."""
+        family = upload.header.family
+        arrays = to_record({name: value for name, value in upload.arrays.items() if name != LOCAL})
+        arrays[f"{family}/{GLOBAL}"] = self.arrays[f"{family}/{GLOBAL}"]
+        return self.server.load(arrays, family)
 
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """FedAvg of the weights; the global centroids from all local ones."""

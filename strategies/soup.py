@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fedssl.errors import ConfigError
 from fedssl.federation.per_family import PerFamily
-from fedssl.federation.records import Upload, load_state, to_metrics
+from fedssl.federation.records import Upload, load_state
 from fedssl.federation.server import Server
 from fedssl.federation.weights import mean_weights
 from fedssl.models import evaluating
@@ -64,8 +64,8 @@ class Soup(PerFamily):
         """One soup a family."""
         self.metrics: dict[str, float] = {}
         self.pairs = self._views_and_images(server_round) if self.recipe == "greedy" else []
-        arrays, _ = super().aggregate_train(server_round, replies)
-        return arrays, to_metrics(self.metrics)
+        arrays, lost = super().aggregate_train(server_round, replies)
+        return arrays, MetricRecord({**self.metrics, **dict(lost or {})})
 
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean of the ingredients, all alike."""

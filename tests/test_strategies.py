@@ -18,6 +18,7 @@ from fedssl.config import compose
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
+from fedssl.federation.client import OWN
 from fedssl.federation.flower_compat import SERVER_NODE_ID, identify_process, make_context, stamp
 from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
 from fedssl.federation.server import image_passes
@@ -432,10 +433,10 @@ def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
         metrics = Upload.from_message(reply).metrics
         assert ("report_loss" in metrics) == (FAMILIES[partition % 3] != "conv4_4")
         memory = ClientStore(tmp_path / "clients").read(partition, before=2)
-        trained = {name.split("/")[0] for name in memory}
+        trained = {name.split("/")[1] for name in memory if name.startswith(OWN)}
         assert trained == {FAMILIES[partition % 3], "conv4_4"}
         initial = model_state(setup.build_model("conv4_4"))
-        assert any(not torch.equal(memory[f"conv4_4/{name}"], value) for name, value in initial.items())
+        assert any(not torch.equal(memory[f"{OWN}conv4_4/{name}"], value) for name, value in initial.items())
 
 
 @pytest.mark.parametrize(

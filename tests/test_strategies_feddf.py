@@ -164,7 +164,7 @@ def test_a_model_that_overflows_is_refused_and_the_rest_learned_from(tmp_path: P
     _, strategy, replies = first(tmp_path=tmp_path)
     huge = {name: np.full_like(value, 9e9) for name, value in Upload.from_message(replies[1]).arrays.items()}
     declare(replies[1], huge, 10)
-    with pytest.raises(PayloadError, match="its model makes NaN or infinity of public images"):
+    with pytest.raises(PayloadError, match="the model makes NaN or infinity of public images"):
         strategy.check(replies[1])
     arrays, _ = strategy.aggregate_train(1, replies)
     without, _ = strategy.aggregate_train(1, [replies[0], replies[2], replies[3]])

@@ -13,20 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
+from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Header, Upload, family_state, model_state, to_arrays
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
 from fedssl.models import Model
+from strategies.fedavg import FedAvg
 from strategies.fedema import SCALE, FedEMAClient, encoder_distance
 from strategies.fedprox import FedProxClient, proximal_term
 from strategies.fedu import FedUClient, layers, mean_distance
 from strategies.l_dawa import LDAWA, agreement
 from tests.federation_helpers import (
     FAMILIES,
+    WITH_CLIENTS,
     Numpy,
     assert_same,
     final_arrays,
@@ -107,6 +111,65 @@ def test_a_cohorts_mean_is_over_the_cohort(strategy: str, tmp_path: Path) -> Non
             key = f"{family}/{name}"
             mean = sum(upload.num_images / total * upload.arrays[key].astype(np.float64) for upload in its)
             np.testing.assert_allclose(merged[key].numpy(), mean if its else initial.numpy(), rtol=1e-5, atol=1e-8)
+
+
+# --- what overflows ---
+EXCHANGE_WEIGHTS = [
+    name
+    for name in WITH_CLIENTS
+    if isinstance(build_strategy(Setup(small(None, f"strategy={name}", *BYOL))), WeightUploads)
+]
+
+
+@pytest.mark.parametrize("strategy", EXCHANGE_WEIGHTS)
+def test_a_model_that_overflows_is_refused_and_the_rest_used(strategy: str, tmp_path: Path) -> None:
+    """Each weight passes for one of a network, together they do not: the evaluation of a mean would end the run."""
+    _, server_half, _, replies = first_round(small(None, f"strategy={strategy}"), tmp_path)
+    without, _ = server_half.aggregate_train(1, replies[1:])
+    upload = Upload.from_message(replies[0])
+    weights = {name for name in upload.arrays if name.startswith(f"{upload.header.family}/")}
+    replies[0].content["arrays"] = to_record(
+        {name: np.full_like(value, 9e9) if name in weights else value for name, value in upload.arrays.items()}
+    )
+    with pytest.raises(PayloadError, match="the model makes NaN or infinity of public images"):
+        server_half.check(replies[0])  # type: ignore[attr-defined]
+    merged, _ = server_half.aggregate_train(1, replies)
+    assert merged is not None
+    assert without is not None
+    assert_same(numpy_of(merged), numpy_of(without))
+
+
+def test_means_of_no_use_lose_the_round_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients may send weights that only together are of no use."""
+    merge = FedAvg.merge
+
+    def overflowing(self: FedAvg, family: str, *args: Any) -> Mapping[str, Tensor]:
+        merged = merge(self, family, *args)
+        if family == "conv4_4" and self.round_num == 2:
+            return {name: torch.full_like(value, 9e9) for name, value in merged.items()}
+        return merged
+
+    monkeypatch.setattr(FedAvg, "merge", overflowing)
+    summary = simulation.run(small(tmp_path / "run", "strategy=fedavg", "federation.num_rounds=3", "evaluate.every=1"))
+    assert summary["status"] == "completed"
+    assert any(note.startswith("conv4_4 kept its weights in 1 of the rounds (2)") for note in summary["notes"])
+    linear = {(row["round"], row["family"]): row["metrics"]["linear_top1"] for row in rows(tmp_path / "run", "eval")}
+    assert linear[2, "conv4_4"] == linear[1, "conv4_4"]
+    assert linear[3, "conv4_4"] != linear[2, "conv4_4"]
+    lost = [row["metrics"].get("conv4_4/lost") for row in rows(tmp_path / "run", "server")]
+    assert lost == [None, 1.0, None]
+
+
+# --- names ---
+def test_a_family_may_be_called_as_what_clients_keep_is(tmp_path: Path) -> None:
+    """In a client's memory are its model and its method's state; here a family is named after either."""
+    memories = []
+    for name in ("tiny", "method", "fedema"):
+        named = (f"federation.families=[{name}]", f"+models.{name}._target_=tests.federation_helpers.Tiny")
+        run(tmp_path / name, "strategy=fedema", *BYOL, *named[: 1 if name == "tiny" else 2])
+        kept = memory_of(tmp_path / name, 0)
+        memories.append({key.replace(f"/{name}/", "/"): value.shape for key, value in kept.items()})
+    assert memories[0] == memories[1] == memories[2]
 
 
 # --- what is FedAvg in disguise ---

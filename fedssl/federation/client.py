@@ -28,6 +28,7 @@ from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 from fedssl.train import Optimisation, Penalty, train
 
 DOWNLINKS = ("weights", "similarity", "none")  # what clients receive
+OWN = "models/"  # of a client's own models in its memory; `method/` is what methods keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +111,14 @@ class Client:
     def remembered(self, family: str) -> Model:
         """The model of `family` that `remember` kept in an earlier round; the first time, the run's initial one."""
         model = self.build_model(family)
-        prefix = f"{family}/"
-        state = {k.removeprefix(prefix): v for k, v in self.memory.items() if k.startswith(prefix)}
-        if state:
+        if state := own_model(self.memory, family):
             load_state(model, state)
         return model.to(self.device)
 
     def remember(self, model: Model, family: str) -> None:
         """Keep a copy of `model` for this client's next round, as the one of `family`."""
-        self.memory |= {f"{family}/{name}": value.to("cpu", copy=True) for name, value in model_state(model).items()}
+        state = model_state(model)
+        self.memory |= {f"{OWN}{family}/{name}": value.to("cpu", copy=True) for name, value in state.items()}
 
     def weights(self, model: Model) -> dict[str, np.ndarray]:
         """All weights of a model of this client's family as they travel, by `<family>/<parameter>`."""
@@ -231,6 +231,12 @@ class Client:
             public_fingerprint=self.public_set.fingerprint,
         )
         return Upload(header=header, arrays=arrays, metrics={**metrics, "num-examples": len(self.private_set)})
+
+
+def own_model(memory: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """The state of the model of `family` that a client remembers; empty if there is none."""
+    prefix = f"{OWN}{family}/"
+    return {name.removeprefix(prefix): value for name, value in memory.items() if name.startswith(prefix)}
 
 
 @runtime_checkable

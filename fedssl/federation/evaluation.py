@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedssl.data.partition import read_npz
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluate import Examiner, Findings, Thorough, linear_cka
+from fedssl.federation.client import own_model
 from fedssl.federation.records import load_state
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
@@ -54,11 +55,7 @@ class FinishedRun:
 
     def own_model(self, partition_id: int, family: str) -> nn.Module | None:
         """The one of `family` that this client kept after its last round; None where it keeps none."""
-        state = {
-            name.removeprefix(f"{family}/"): value
-            for name, value in self.store.read(partition_id, before=self.rounds + 1).items()
-            if name.startswith(f"{family}/")
-        }
+        state = own_model(self.store.read(partition_id, before=self.rounds + 1), family)
         return self._load(family, state) if state else None
 
     def _load(self, family: str, state: Mapping[str, Tensor]) -> nn.Module:

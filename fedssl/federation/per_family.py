@@ -1,20 +1,29 @@
 """What the strategies have in common that exchange weights: mostly, every family is a federation of its own."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from jaxtyping import Float
 from torch import Tensor
 
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.arrays import to_record
-from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays
+from fedssl.federation.records import Upload, family_arrays, family_state, load_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights
-from fedssl.models import Model
+from fedssl.models import Model, evaluating
+
+log = logging.getLogger(__name__)
+
+NUM_TRIED = 16  # public images that a model has to make finite numbers of
+LOST = "lost_rounds/"  # names in a strategy's state
 
 
 class WeightUploads(Strategy):
@@ -22,6 +31,7 @@ class WeightUploads(Strategy):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
+        self.seen: WeakKeyDictionary[Message, Tensor] = WeakKeyDictionary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -32,18 +42,46 @@ class WeightUploads(Strategy):
         return self.server.messages(server_round, cohort, config, arrays)
 
     def check(self, reply: Message) -> Upload:
-        """Parse an upload: names, shapes and dtypes of the family's weights, all finite."""
+        """Parse an upload: names, shapes and dtypes of the family's weights, finite as is what they compute."""
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, "weights")
         if (family := upload.header.family) not in self.server.client_families:
             raise PayloadError(f"no client is of family {family!r}")
         self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
+        if reply not in self.seen:
+            seen = self.look(self.model(upload))
+            check_finite(seen)
+            self.seen[reply] = seen
         return upload
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
         """Raise `PayloadError` unless these are weights of `family`."""
         check_weights(arrays, family_arrays(self.arrays, family), family)
+
+    def look(self, model: Model) -> Tensor:
+        """What the server computes of every client's model, once; the upload is refused unless all of it is finite.
+
+        Weights that are finite one by one can overflow together. A strategy that computes something anyway, does it
+        here, and finds it in `seen`.
+        """
+        return self.try_out(model)
+
+    def try_out(self, model: Model) -> Float[Tensor, "b d"]:
+        """Features and projections of a few public images."""
+        images = self.server.public_set.images
+        batch = images.take(np.arange(min(len(images), NUM_TRIED))).to(self.server.device)
+        with torch.no_grad(), evaluating(model):
+            features = model.backbone(self.server.views.plain(batch))
+            return torch.cat([features, model.projector(features)], dim=1)
+
+    def check_merged(self, family: str, state: Mapping[str, Tensor]) -> None:
+        """Raise `PayloadError` unless a network can have these weights, by parameter name, and work with them."""
+        arrays = {f"{family}/{name}": value.numpy() for name, value in state.items()}
+        check_weights(arrays, family_arrays(self.arrays, family), family)
+        model = self.server.build_model(family)
+        load_state(model, state)
+        check_finite(self.try_out(model.to(self.server.device)))
 
     def model(self, upload: Upload) -> Model:
         """The model that a client sent, on the server's device."""
@@ -63,11 +101,19 @@ class WeightUploads(Strategy):
         """Nothing to log."""
 
 
+def check_finite(outputs: Tensor) -> None:
+    """Raise `PayloadError` unless all numbers are."""
+    if not outputs.isfinite().all():
+        raise PayloadError("the model makes NaN or infinity of public images")
+
+
 class PerFamily(WeightUploads):
     """Lets `merge` make new weights of a family's uploads.
 
+    Where they turn out to be of no use, the family keeps those it had: the round is lost for it, the run is not.
+
     A family with one client is local training that passes through the server, and one without any learns nothing:
-    `notes` names them, for the report.
+    `notes` names them and lost rounds, for the report.
     """
 
     def __init__(self, *, server: Server) -> None:
@@ -77,6 +123,7 @@ class PerFamily(WeightUploads):
                 f"{server.report_family}: choose one of {', '.join(server.trained_families)}."
             )
         super().__init__(server=server)
+        self.lost_rounds: dict[str, list[int]] = {}  # by family
 
     @abstractmethod
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -88,23 +135,60 @@ class PerFamily(WeightUploads):
             before: the weights that were broadcast, by parameter name.
         """
 
+    def accept(self, family: str) -> None:
+        """The weights that `merge` made last are the family's now; what else came of merging may be kept."""
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge each family's uploads; a family nobody answered for keeps its weights."""
         uploads = read_uploads(replies, self.check)
         states: dict[str, Mapping[str, Tensor]] = {}
+        metrics: dict[str, float] = {}
         for family in self.server.client_families:
             members = [upload for upload in uploads if upload.header.family == family]
-            before = family_state(self.arrays, family)
-            states[family] = self.merge(family, members, before) if members else before
-        return to_arrays(states), MetricRecord()
+            before = states[family] = family_state(self.arrays, family)
+            if not members:
+                continue
+            merged = self.merge(family, members, before)
+            try:
+                self.check_merged(family, merged)
+            except PayloadError as error:
+                log.warning(
+                    "round %d: %s keeps its weights, what became of the uploads is of no use: %s. If the strategy has "
+                    "a learning rate of its own, lower it.",
+                    server_round,
+                    family,
+                    error,
+                )
+                self.lost_rounds.setdefault(family, []).append(server_round)
+                metrics[f"{family}/lost"] = 1.0
+            else:
+                states[family] = merged
+                self.accept(family)
+        return to_arrays(states), to_metrics(metrics)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The lost rounds."""
+        return {f"{LOST}{family}": torch.tensor(rounds) for family, rounds in self.lost_rounds.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As `state_dict` gave it."""
+        self.lost_rounds = {
+            name.removeprefix(LOST): rounds.tolist() for name, rounds in state.items() if name.startswith(LOST)
+        }
 
     def notes(self) -> list[str]:
         """What a reader of the figures has to know."""
         of = self.server.num_trainers_of
         alone = [family for family in self.server.trained_families if of[family] == 1]
         untrained = [family for family in self.server.families if family not in self.server.trained_families]
-        return [f"{family} has one client: its global model is local training" for family in alone] + [
-            f"{family} has no client that trains: it learns nothing here" for family in untrained
+        return [
+            *(f"{family} has one client: its global model is local training" for family in alone),
+            *(f"{family} has no client that trains: it learns nothing here" for family in untrained),
+            *(
+                f"{family} kept its weights in {len(rounds)} of the rounds ({', '.join(map(str, rounds[:3]))}"
+                f"{', ...' if len(rounds) > 3 else ''}): what became of the uploads was of no use"
+                for family, rounds in self.lost_rounds.items()
+            ),
         ]

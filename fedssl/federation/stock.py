@@ -37,7 +37,7 @@ from fedssl.federation.flower_compat import identify_process, stamp
 from fedssl.federation.per_family import PerFamily
 from fedssl.federation.records import Upload
 from fedssl.federation.server import Server
-from fedssl.federation.weights import LARGEST, check_weights, mean_weights
+from fedssl.federation.weights import LARGEST, mean_weights
 from fedssl.seeding import seeded_globals
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Stock(PerFamily):
         self.metrics, self.client_reads = tuple(metrics), tuple(client_reads)
         self.trained = {family: _trained(server, family) for family in server.client_families}
         self.held = {f: Held(strategy=copy.deepcopy(strategy), returned=None) for f in server.client_families}
+        self.merged: dict[str, Held] = {}  # what they are if this round counts
         self.asked: dict[str, Asked] = {}
         identify_process()
         for family, most in self._most_replies().items():
@@ -162,20 +163,13 @@ class Stock(PerFamily):
                 f"{type(error).__name__}: {error}"
             ) from error
         if merged is None:
-            self.held[family] = replace(self.held[family], strategy=strategy)
+            self.merged[family] = replace(self.held[family], strategy=strategy)
             return before
         own = _only(self.arrays, names)
         sent = {name: value.astype(own[name].dtype) for name, value in merged.items() if name in own}
-        try:
-            check_weights(sent, own, family)
-        except PayloadError as error:
-            raise FedSSLError(
-                f"{self.name} made weights of {family} in round {self.round_num} that no network can have: {error}. "
-                f"If it diverged, lower its learning rate (strategy.server.strategy.*)."
-            ) from error
         rounded = any(merged[name].dtype != own[name].dtype for name in names)
         returned = to_record({name: merged[name] for name in names}) if rounded else None
-        self.held[family] = Held(strategy=strategy, returned=returned)
+        self.merged[family] = Held(strategy=strategy, returned=returned)
         shares = [upload.num_images for upload in uploads]
         statistics = [{k: v for k, v in upload.arrays.items() if k not in sent} for upload in uploads]
         return {
@@ -183,6 +177,10 @@ class Stock(PerFamily):
             **{name.split("/", 1)[1]: torch.from_numpy(value) for name, value in sent.items()},
             **mean_weights(statistics, shares),
         }
+
+    def accept(self, family: str) -> None:
+        """The round counts: where its weights are of no use, its strategy forgets it, too."""
+        self.held[family] = self.merged[family]
 
     def _given(self, family: str) -> ArrayRecord:
         """The family's trained weights, as exact as its strategy returned them."""
@@ -266,7 +264,7 @@ class Stock(PerFamily):
     # --- its state ---
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the strategies have become."""
-        state: dict[str, Tensor] = {}
+        state = super().state_dict()
         for family, held in self.held.items():
             tree = {
                 "strategy": pack_strategy(held.strategy, self.pattern, self.name, state),
@@ -277,6 +275,7 @@ class Stock(PerFamily):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` returned."""
+        super().load_state_dict(state)
         for family in self.held:
             tree = json.loads(bytes(state[family].numpy()))
             strategy = copy.deepcopy(self.pattern)
