@@ -23,6 +23,7 @@ from fedssl.federation.setup import Setup
 from tests.federation_helpers import SMALL, tree_hash
 from tests.test_config import nodes
 
+PROBES = ("evaluate.finetune.shares=[]", "evaluate.label_shares.shares=[]", "evaluate.raw_pixels=false")
 QUICK = (
     "evaluate.finetune.epochs=2",
     "evaluate.finetune.min_steps=0",
@@ -256,11 +257,61 @@ def test_another_data_set_has_a_file_of_its_own(flesd: Path, tmp_path: Path, com
 
 def test_a_family_named_twice_is_measured_once(flesd: Path, tmp_path: Path, command: Command) -> None:
     run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
-    nothing = ("evaluate.finetune.shares=[]", "evaluate.label_shares.shares=[]", "evaluate.raw_pixels=false")
-    assert command(str(run_dir), "evaluate.families=[tiny,tiny]", *nothing).code == 0
-    rows = [(row["model"], row["partition"]) for row in measured(run_dir)["rows"]]
+    assert command(str(run_dir), "evaluate.families=[tiny,tiny]", *PROBES, "-o", "tiny.json").code == 0
+    rows = [(row["model"], row["partition"]) for row in measured(tmp_path, "tiny.json")["rows"]]
     assert len(rows) == len(set(rows))
     assert ("global", None) in rows
+
+
+# --- where results go
+
+
+def test_a_file_of_other_settings_is_not_replaced_unless_it_is_named(
+    flesd: Path, tmp_path: Path, command: Command
+) -> None:
+    run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
+    before = tree_hash(run_dir)
+    ended = command(str(run_dir), *QUICK, "evaluate.finetune.shares=[]", "device=cpu")
+    assert (ended.code, ended.out) == (2, "")
+    assert "evaluating" not in ended.err
+    assert f"{run_dir / 'evaluation.json'} was made with other settings" in ended.err
+    assert "(evaluate.finetune.shares was [0.01, 0.1], now [])" in ended.err
+    assert f"-o {run_dir / 'evaluation.json'} replaces it" in ended.err
+    assert tree_hash(run_dir) == before
+    ended = command(str(run_dir), *PROBES, "evaluate.families=[tiny]", "-o", "run/evaluation.json")
+    assert (ended.code, "replaced run/evaluation.json" in ended.out) == (0, True)
+    assert measured(run_dir)["settings"]["finetune"]["shares"] == []
+
+
+def test_two_roots_of_one_data_set_are_two_evaluations(flesd: Path, tmp_path: Path, command: Command) -> None:
+    from PIL import Image
+
+    run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
+    for root in ("a", "b"):
+        for split in ("train", "test"):
+            for name, level in (("dark", 20), ("light", 220)):
+                folder = tmp_path / root / split / name
+                folder.mkdir(parents=True)
+                for i in range(6):
+                    Image.new("RGB", (20, 20), (level + i, level, level)).save(folder / f"{i}.png")
+    given = (str(run_dir), *PROBES, "evaluate.families=[tiny]", "evaluate.data=image_folder")
+    assert command(*given, "evaluate.root=a").code == 0
+    ended = command(*given, "evaluate.root=b")
+    assert ended.code == 2
+    assert 'evaluate.root was "a", now "b"' in ended.err
+    assert command(*given, "evaluate.root=b", "-o", "new/b.json").code == 0
+    assert measured(tmp_path / "new", "b.json")["settings"]["root"] == "b"
+    assert measured(run_dir, "evaluation-image_folder.json")["settings"]["root"] == "a"
+
+
+def test_no_other_file_is_replaced(flesd: Path, tmp_path: Path, command: Command) -> None:
+    before = tree_hash(flesd)
+    (tmp_path / "broken.json").write_text('{"rows": [')
+    for given in (flesd / "summary.json", flesd / "config.yaml", flesd, tmp_path / "broken.json"):
+        ended = command(str(flesd), *QUICK, "-o", str(given))
+        assert (ended.code, ended.out) == (2, "")
+        assert f"{given} is no file that fedssl-evaluate has made" in ended.err
+    assert tree_hash(flesd) == before
 
 
 def test_mean_and_range_over_clients() -> None:

@@ -83,29 +83,18 @@ class FinishedRun:
         return [p for p in range(len(self.partition["offsets"]) - 1) if p != int(self.partition["public_partition"])]
 
 
-def evaluate_run(run: FinishedRun, thorough: Thorough, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every model of `run`.
+class RunEvaluation:
+    """Every model of one run, measured.
 
     Args:
         run: a completed one.
         thorough: what is measured beside the run's probes.
         say: is told what is being measured.
 
-    Returns:
-        `labelled_images` and `test_images`, counts; `absent`, for each figure that could not be had the reason; and
-        `rows`, each with `model` (global, own, clients, random_init or raw_pixels), `family`, `partition` and
-        `metrics`. A row of a family has, beside what `Examiner` names, the mean over its clients of `shard_knn_top1`
-        and `shard_linear_top1` (`fedssl.evaluate.shards`), with `_min` and `_max`. `clients` is the mean over the
-        clients' own models, likewise. Linear CKA is `cka_random_init` with the untrained network, `cka_global` of a
-        client's own model with the global one, `cka_clients` the mean over pairs of clients.
-
     Raises:
-        ConfigError: an unknown family, no model at all, or labels that cannot be used.
+        ConfigError: an unknown family, or labels that cannot be used.
     """
-    return _Evaluation(run, thorough, say).everything()
 
-
-class _Evaluation:
     def __init__(self, run: FinishedRun, thorough: Thorough, say: Callable[[str], None]) -> None:
         self.run, self.say = run, say
         self.families = _chosen(run, thorough)
@@ -114,7 +103,20 @@ class _Evaluation:
         self.absent: dict[str, str] = {}
         self.counts = self._counts()
 
-    def everything(self) -> dict[str, Any]:
+    def __call__(self) -> dict[str, Any]:
+        """Do the work.
+
+        Returns:
+            `labelled_images` and `test_images`, counts; `absent`, for each figure that could not be had the reason; and
+            `rows`, each with `model` (global, own, clients, random_init or raw_pixels), `family`, `partition` and
+            `metrics`. A row of a family has, beside what `Examiner` names, the mean over its clients of
+            `shard_knn_top1` and `shard_linear_top1` (`fedssl.evaluate.shards`), with `_min` and `_max`. `clients` is
+            the mean over the clients' own models, likewise. Linear CKA is `cka_random_init` with the untrained network,
+            `cka_global` of a client's own model with the global one, `cka_clients` the mean over pairs of clients.
+
+        Raises:
+            ConfigError: there is no model at all.
+        """
         setup = self.run.setup
         found = False
         for family in self.families:
