@@ -13,10 +13,13 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedssl.config import EVALUATION_NAME, compose_evaluation, conf_dir, instantiate
 from fedssl.errors import ConfigError, FedSSLError
+
+if TYPE_CHECKING:
+    from fedssl.report.runs import Run
 
 OK, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,9 +36,11 @@ fedssl-evaluate runs/flesd evaluate.data=cifar100 evaluate.root=data
                                                             goes to RUN/evaluation-cifar100.json
 fedssl-evaluate runs/flesd evaluate.finetune.shares=[] -o quick.json
                                                             without fine-tuning, which takes most of the time
+fedssl-evaluate runs/flesd evaluate.replay_clients=true     how far each client's model is from the global one
 
-Overrides are evaluate.<key>=..., device=auto|cpu|cuda and data.root=DIR. The keys are those of evaluate in the run's
-config.yaml (data, root, raw_pixels, batch_size, knn, linear, labels, logistic) and:
+Overrides are evaluate.<key>=..., device=auto|cpu|cuda, data.root=DIR, and client.store=DIR where that folder of the run
+was moved. The keys are those of evaluate in the run's config.yaml (data, root, raw_pixels, batch_size, knn, linear,
+labels, logistic) and:
 
 """
 
@@ -89,15 +94,19 @@ def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None, 
     from fedssl.tracking import duration, write_json
 
     started = time.monotonic()
-    saved, summary = _completed(run_dir)
+    ended = _completed(run_dir)
+    saved, summary, rounds = ended.config, ended.summary, int(ended.summary["rounds"])
     config, node = compose_evaluation(saved, overrides, config_dir=config_dir)
     thorough = instantiate(node)
+    _check_store(saved, config)
     setup = Setup(config, run_dir)
     run = FinishedRun(
         setup=setup,
+        as_it_ran=Setup({**config, "evaluate": saved["evaluate"]}, run_dir),
         run_dir=run_dir,
         store=ClientStore(store_root(config, run_dir), writable=False),
-        rounds=int(summary["rounds"]),
+        rounds=rounds,
+        replied=[row["partition"] for row in ended.rows if (row["scope"], row["round"]) == ("client", rounds)],
     )
     evaluate = RunEvaluation(run, thorough, lambda text: print(f"evaluating {text}", file=sys.stderr, flush=True))
     settings = {**config["evaluate"], **node}
@@ -120,8 +129,8 @@ def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None, 
     print(f"\n{duration(results['seconds'])}; {'replaced' if replaced else 'wrote'} {out}", flush=True)
 
 
-def _completed(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and summary of the run, which must have completed."""
+def _completed(run_dir: Path) -> "Run":
+    """The run, which must have completed."""
     from fedssl.report.runs import read_run
 
     if not (run_dir / "config.yaml").is_file():
@@ -134,7 +143,7 @@ def _completed(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"the run in {run_dir} is {run.status}, and only a completed one has models to evaluate: "
             f"go on with it by fedssl resume={run_dir}"
         )
-    return run.config, run.summary
+    return run
 
 
 def _file_name(saved: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -143,6 +152,14 @@ def _file_name(saved: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if data == saved["evaluate"]["data"]:
         return "evaluation.json"
     return f"evaluation-{data or saved['data']['name']}.json"
+
+
+def _check_store(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    store = config["client"].get("store")
+    if store not in (None, saved["client"].get("store")) and not Path(store).expanduser().is_dir():
+        raise ConfigError(
+            f"client.store={store} is no folder: name the one where the memory of the run's clients is now."
+        )
 
 
 def _check_out(out: Path, settings: Mapping[str, Any], *, replaces_any: bool) -> None:
