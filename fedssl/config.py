@@ -31,6 +31,7 @@ from fedssl.errors import ConfigError
 CONFIG_NAME = "config"
 EVALUATION_NAME = "evaluation"
 OF_THE_ROUNDS = ("_target_", "every", "source")  # keys of a run's `evaluate` that mean nothing once it is over
+OF_A_FINISHED_RUN = ("device", "data.root", "client.store")  # where it is evaluated, and where its files are now
 
 OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
 
@@ -188,21 +189,22 @@ def compose_evaluation(
 
     Args:
         config: the run's own, as its `config.yaml` holds it.
-        overrides: of `evaluate.*` (the run's probes, and the keys of conf/evaluation.yaml), `device`, `data.root`.
+        overrides: of `evaluate.*` (the run's probes, and the keys of conf/evaluation.yaml), `device`, `data.root`,
+            `client.store`.
         config_dir: an additional folder of YAML files, for `evaluate.data`.
 
     Returns:
-        The run's configuration with its probes, device and root as overridden, and the node of conf/evaluation.yaml.
+        The run's configuration with its probes, device and folders as overridden, and the node of conf/evaluation.yaml.
 
     Raises:
         ConfigError: a key that there is not, a value of another type, or an unknown data set.
     """
     for override in overrides:
         key = override.split("=", 1)[0]
-        if "=" not in override or not (key.startswith("evaluate.") or key in ("device", "data.root")):
+        if "=" not in override or not (key.startswith("evaluate.") or key in OF_A_FINISHED_RUN):
             raise ConfigError(
-                f"{override}: a finished run stays as it is; its evaluation takes evaluate.<key>=..., device= and "
-                f"data.root=. fedssl-evaluate --help lists the keys."
+                f"{override}: a finished run stays as it is; its evaluation takes evaluate.<key>=..., device=, "
+                f"data.root= and client.store=. fedssl-evaluate --help lists the keys."
             )
     node = yaml.safe_load((conf_dir() / f"{EVALUATION_NAME}.yaml").read_text())
     probes = {key: value for key, value in config["evaluate"].items() if key not in OF_THE_ROUNDS}

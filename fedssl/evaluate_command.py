@@ -5,6 +5,7 @@ beside the package `fedssl.evaluate`, as that imports torch, which --help need n
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -12,27 +13,34 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedssl.config import EVALUATION_NAME, compose_evaluation, conf_dir, instantiate
 from fedssl.errors import ConfigError, FedSSLError
+
+if TYPE_CHECKING:
+    from fedssl.report.runs import Run
 
 OK, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 DESCRIPTION = """\
 Measure the models of a finished run, beside the same networks before training, and write RUN/evaluation.json:
 kNN and linear probes, the linear probe and fine-tuning with 1 % and 10 % of the labels, each client's own mix of
-classes, alignment, uniformity, ranks, instance discrimination and linear CKA. Nothing of the run is changed."""
+classes, alignment, uniformity, ranks, instance discrimination and linear CKA. Nothing of the run is changed. The same
+command again replaces its file; one that was made with other settings is replaced only where -o names it."""
 
 EXAMPLES = """\
 fedssl-evaluate runs/flesd                                  everything, with the run's own labelled data
 fedssl-evaluate runs/flesd evaluate.data=cifar100 evaluate.root=data
                                                             transfer: another data set, at the run's image size;
                                                             goes to RUN/evaluation-cifar100.json
-fedssl-evaluate runs/flesd evaluate.finetune.shares=[]      without fine-tuning, which takes most of the time
+fedssl-evaluate runs/flesd evaluate.finetune.shares=[] -o quick.json
+                                                            without fine-tuning, which takes most of the time
+fedssl-evaluate runs/flesd evaluate.replay_clients=true     how far each client's model is from the global one
 
-Overrides are evaluate.<key>=..., device=auto|cpu|cuda and data.root=DIR. The keys are those of evaluate in the run's
-config.yaml (data, root, raw_pixels, batch_size, knn, linear, labels, logistic) and:
+Overrides are evaluate.<key>=..., device=auto|cpu|cuda, data.root=DIR, and client.store=DIR where that folder of the run
+was moved. The keys are those of evaluate in the run's config.yaml (data, root, raw_pixels, batch_size, knn, linear,
+labels, logistic) and:
 
 """
 
@@ -43,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `fedssl`, and before torch is imported
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        _evaluate(arguments.run, arguments.overrides, arguments.config_dir)
+        _evaluate(arguments.run, arguments.overrides, arguments.config_dir, arguments.out)
     except FedSSLError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -65,12 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a completed run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `fedssl`")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the results go, replacing whatever evaluation is there (default: RUN/evaluation.json; "
+        "RUN/evaluation-NAME.json on other data)",
+    )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with YAML files of your own")
     return parser
 
 
-def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None) -> None:
-    from fedssl.federation.evaluation import FinishedRun, evaluate_run  # Flower: not for --help
+def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None, given: Path | None) -> None:
+    from fedssl.federation.evaluation import FinishedRun, RunEvaluation  # Flower: not for --help
     from fedssl.federation.grids.in_process import torch_threads
     from fedssl.federation.setup import Setup
     from fedssl.federation.simulation import store_root
@@ -78,26 +94,32 @@ def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None) 
     from fedssl.tracking import duration, write_json
 
     started = time.monotonic()
-    saved, summary = _completed(run_dir)
+    ended = _completed(run_dir)
+    saved, summary, rounds = ended.config, ended.summary, int(ended.summary["rounds"])
     config, node = compose_evaluation(saved, overrides, config_dir=config_dir)
     thorough = instantiate(node)
-    out = run_dir / _file_name(saved, config)
-    _check_writable(run_dir)
+    _check_store(saved, config)
     setup = Setup(config, run_dir)
     run = FinishedRun(
         setup=setup,
+        as_it_ran=Setup({**config, "evaluate": saved["evaluate"]}, run_dir),
         run_dir=run_dir,
         store=ClientStore(store_root(config, run_dir), writable=False),
-        rounds=int(summary["rounds"]),
+        rounds=rounds,
+        replied=[row["partition"] for row in ended.rows if (row["scope"], row["round"]) == ("client", rounds)],
     )
+    evaluate = RunEvaluation(run, thorough, lambda text: print(f"evaluating {text}", file=sys.stderr, flush=True))
+    settings = {**config["evaluate"], **node}
+    out = run_dir / _file_name(saved, config) if given is None else given
+    _check_out(out, settings, replaces_any=given is not None)
     with torch_threads(setup.federation.server_threads):  # as in the run: part of the result
-        results = evaluate_run(run, thorough, lambda text: print(f"evaluating {text}", file=sys.stderr, flush=True))
+        results = evaluate()
     results = {
         "run": str(run_dir),
         **{key: summary[key] for key in ("strategy", "seed", "rounds", "report_family")},
         "data": setup.evaluator.test.name,
         "image_size": config["data"]["image_size"],
-        "settings": {**config["evaluate"], **node},
+        "settings": settings,
         **results,
         "seconds": time.monotonic() - started,
     }
@@ -107,8 +129,8 @@ def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None) 
     print(f"\n{duration(results['seconds'])}; {'replaced' if replaced else 'wrote'} {out}", flush=True)
 
 
-def _completed(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and summary of the run, which must have completed."""
+def _completed(run_dir: Path) -> "Run":
+    """The run, which must have completed."""
     from fedssl.report.runs import read_run
 
     if not (run_dir / "config.yaml").is_file():
@@ -121,7 +143,7 @@ def _completed(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"the run in {run_dir} is {run.status}, and only a completed one has models to evaluate: "
             f"go on with it by fedssl resume={run_dir}"
         )
-    return run.config, run.summary
+    return run
 
 
 def _file_name(saved: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -132,13 +154,57 @@ def _file_name(saved: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return f"evaluation-{data or saved['data']['name']}.json"
 
 
-def _check_writable(run_dir: Path) -> None:
-    """Before minutes of work."""
+def _check_store(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    store = config["client"].get("store")
+    if store not in (None, saved["client"].get("store")) and not Path(store).expanduser().is_dir():
+        raise ConfigError(
+            f"client.store={store} is no folder: name the one where the memory of the run's clients is now."
+        )
+
+
+def _check_out(out: Path, settings: Mapping[str, Any], *, replaces_any: bool) -> None:
+    """Before minutes of work: that `out` can be written, and that nothing is replaced which its owner may want."""
+    if out.exists():
+        before = _settings_of(out)
+        if before is None:
+            raise ConfigError(f"{out} is no file that fedssl-evaluate has made, and stays: give -o another name.")
+        if not replaces_any and (changes := _changes(before, settings)):
+            raise ConfigError(
+                f"{out} was made with other settings ({', '.join(changes)}). Keep it by -o FILE with another name; "
+                f"-o {out} replaces it."
+            )
     try:
-        with tempfile.TemporaryFile(dir=run_dir):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise ConfigError(f"{run_dir} cannot be written: {error.strerror or error}.") from error
+        raise ConfigError(f"{out.parent} cannot be written: {error.strerror or error}.") from error
+
+
+def _settings_of(path: Path) -> dict[str, Any] | None:
+    """What an evaluation was made with; None for any other file."""
+    try:
+        found = json.loads(path.read_text())
+        settings = found["settings"] if "rows" in found else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, each with its value in the file and now."""
+    from fedssl.report.runs import flatten
+
+    old, new = flatten(before), flatten(json.loads(json.dumps(now)))
+    return [
+        f"evaluate.{key} was {_value(old, key)}, now {_value(new, key)}"
+        for key in dict.fromkeys((*old, *new))
+        if _value(old, key) != _value(new, key)
+    ]
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key]) if key in settings else "unset"
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,23 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fedssl.__main__ import main as fedssl
 from fedssl.config import compose_evaluation, conf_dir
 from fedssl.evaluate import linear_cka
 from fedssl.evaluate.features import extract_features
 from fedssl.evaluate_command import main
+from fedssl.federation import simulation
 from fedssl.federation.evaluation import over_clients
+from fedssl.federation.records import Upload, load_state, model_state
 from fedssl.federation.setup import Setup
-from tests.federation_helpers import SMALL, tree_hash
+from fedssl.federation.simulation import ReplayedRound
+from strategies.fedavg import FedAvg
+from tests.federation_helpers import SMALL, sabotaged, small, tree_hash
 from tests.test_config import nodes
 
+PROBES = ("evaluate.finetune.shares=[]", "evaluate.label_shares.shares=[]", "evaluate.raw_pixels=false")
 QUICK = (
     "evaluate.finetune.epochs=2",
     "evaluate.finetune.min_steps=0",
@@ -123,7 +129,12 @@ def test_every_family_has_every_figure_beside_random_init(flesd: Path) -> None:
     pixels = figures(results, "raw_pixels", None)
     assert {"linear_10pct_top1", "knn_top1"} <= pixels.keys()
     assert "finetune_10pct_top1" not in pixels
-    assert results["absent"] == {"cka_global": "no client keeps a model of its own beside the global one"}
+    (reason,) = (results["absent"].pop("cka_global"),)
+    assert reason == (
+        "the run holds no client's own model beside the global one; evaluate.replay_clients=true trains those of "
+        "round 1 again"
+    )
+    assert results["absent"] == {}
     assert results["labelled_images"] == {"all": 140, "1pct": 10, "10pct": 13}
     assert results["test_images"] == 360
     assert results["settings"]["finetune"]["epochs"] == 2
@@ -156,7 +167,7 @@ def test_the_same_command_gives_the_same_figures_and_says_what_it_replaced(
         assert text in ended.out
     value = figures(before, "global", "conv4_4")
     assert f"{value['finetune_10pct_top1']:.3f} ± {value['finetune_10pct_top1_std']:.3f}" in ended.out
-    assert "without cka_global: no client keeps a model" in ended.out
+    assert "without cka_global: the run holds no client's own model" in ended.out
 
 
 def test_a_clients_mix_of_classes_weighs_the_test_images(flesd: Path) -> None:
@@ -256,11 +267,214 @@ def test_another_data_set_has_a_file_of_its_own(flesd: Path, tmp_path: Path, com
 
 def test_a_family_named_twice_is_measured_once(flesd: Path, tmp_path: Path, command: Command) -> None:
     run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
-    nothing = ("evaluate.finetune.shares=[]", "evaluate.label_shares.shares=[]", "evaluate.raw_pixels=false")
-    assert command(str(run_dir), "evaluate.families=[tiny,tiny]", *nothing).code == 0
-    rows = [(row["model"], row["partition"]) for row in measured(run_dir)["rows"]]
+    assert command(str(run_dir), "evaluate.families=[tiny,tiny]", *PROBES, "-o", "tiny.json").code == 0
+    rows = [(row["model"], row["partition"]) for row in measured(tmp_path, "tiny.json")["rows"]]
     assert len(rows) == len(set(rows))
     assert ("global", None) in rows
+
+
+# --- clients that keep no model
+
+REPLAY = (*PROBES, "evaluate.replay_clients=true", "-o", "replayed.json")
+
+
+@pytest.fixture(scope="module")
+def fedavg(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Tensor]]]:
+    """A run of two rounds whose clients remember their target network, and what the second round's clients uploaded."""
+    uploads: dict[int, dict[str, Tensor]] = {}
+
+    def merge(self: FedAvg, family: str, received: Sequence[Upload], before: Mapping[str, Tensor]) -> Any:
+        uploads.update({
+            upload.header.partition_id: {
+                name.removeprefix(f"{family}/"): torch.from_numpy(value.copy()) for name, value in upload.arrays.items()
+            }
+            for upload in received
+        })  # fmt: skip
+        return averaged(self, family, received, before)
+
+    averaged = FedAvg.merge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FedAvg, "merge", merge)
+        folder = tmp_path_factory.mktemp("fedavg")
+        run_dir = finished(folder, "strategy=fedavg", "method=byol", "federation.num_rounds=2")
+    return run_dir, uploads
+
+
+def features(setup: Setup, family: str, state: Mapping[str, Tensor]) -> Tensor:
+    """Of all test images, which here are fewer than are diagnosed."""
+    model = setup.build_model(family)
+    load_state(model, state)
+    return extract_features(model.backbone, setup.evaluator.test, setup.views, 256, torch.device("cpu"))
+
+
+def test_a_client_that_uploads_weights_trains_them_again_to_the_last_bit(
+    fedavg: tuple[Path, dict[int, dict[str, Tensor]]], tmp_path: Path, command: Command
+) -> None:
+    run_dir, uploads = fedavg
+    before = tree_hash(run_dir)
+    ended = command(str(run_dir), *REPLAY, "evaluate.batch_size=100")
+    assert ended.code == 0, ended.err
+    assert tree_hash(run_dir) == before
+    results = measured(tmp_path, "replayed.json")
+    setup = Setup(yaml.safe_load((run_dir / "config.yaml").read_text()), run_dir)
+    replayed = ReplayedRound(setup, run_dir, 2)
+    for family, partitions in (("conv4_4", [0, 3]), ("conv4_2", [1]), ("tiny", [2])):
+        trained = features(setup, family, load_file(run_dir / "models" / f"{family}.safetensors"))
+        own = [figures(results, "own", family, partition) for partition in partitions]
+        for partition, row in zip(partitions, own, strict=True):
+            state = model_state(replayed.task(partition)[1].trained[family])
+            assert state.keys() == uploads[partition].keys()
+            assert all(torch.equal(value, uploads[partition][name]) for name, value in state.items())
+            by_hand = linear_cka(features(setup, family, uploads[partition]), trained)
+            assert row["cka_global"] == pytest.approx(by_hand, abs=1e-6)
+            assert {"knn_top1", "linear_top1", "shard_linear_top1"} <= row.keys()
+        mean = figures(results, "clients", family)
+        assert mean["cka_global"] == np.mean([row["cka_global"] for row in own])
+    assert results["absent"] == {}
+    assert results["settings"]["replay_clients"] is True
+
+
+def test_a_client_that_uploads_similarities_trains_again(flesd: Path, tmp_path: Path, command: Command) -> None:
+    before = tree_hash(flesd)
+    ended = command(str(flesd), *REPLAY)
+    assert ended.code == 0, ended.err
+    assert "conv4_4: client 3, which trains again as in round 1" in ended.err
+    assert tree_hash(flesd) == before
+    results = measured(tmp_path, "replayed.json")
+    own = [figures(results, "own", "conv4_4", partition) for partition in (0, 3)]
+    assert len({row["cka_global"] for row in own}) == 2
+    assert all(0 < row["cka_global"] < 1 for row in own)
+    assert figures(results, "clients", "tiny")["cka_global"] == figures(results, "own", "tiny", 2)["cka_global"]
+
+
+def test_what_is_kept_is_not_trained_again(tmp_path: Path, command: Command) -> None:
+    run_dir = finished(tmp_path, "strategy=flesd", "downlink=none", "federation.keep_checkpoints=1")
+    ended = command(str(run_dir), *REPLAY)
+    assert (ended.code, "trains again" in ended.err) == (0, False)
+    assert measured(tmp_path, "replayed.json")["absent"] == {}
+
+
+def test_why_no_client_trains_again(tmp_path: Path, command: Command) -> None:
+    run_dir = finished(tmp_path, "strategy=fedavg", "federation.keep_checkpoints=1")
+    for given in (REPLAY, (*PROBES, "-o", "replayed.json")):
+        ended = command(str(run_dir), *given)
+        assert ended.code == 0
+        reason = measured(tmp_path, "replayed.json")["absent"]["cka_global"]
+        assert f"{run_dir / 'checkpoints'} has no state after round 0, where round 1 began" in reason
+        assert "federation.keep_checkpoints=1" in reason
+        assert f"without cka_global: {reason}" in ended.out
+    shutil.rmtree(run_dir)
+    run_dir = finished(tmp_path, "strategy=public_only")
+    assert command(str(run_dir), *REPLAY).code == 0
+    reason = measured(tmp_path, "replayed.json")["absent"]["cka_global"]
+    assert reason.endswith("and strategy=public_only asks no client to train")
+
+
+def test_a_client_that_failed_in_the_last_round_does_not_train_again(tmp_path: Path, command: Command) -> None:
+    config = small(tmp_path / "run", "strategy=fedavg", "federation.num_rounds=1")
+    simulation.run(sabotaged(config, "raise", round_num=1, partitions=[3]))
+    ended = command(str(tmp_path / "run"), *REPLAY, "evaluate.families=[conv4_4]")
+    assert ended.code == 0, ended.err
+    rows = measured(tmp_path, "replayed.json")["rows"]
+    assert [row["partition"] for row in rows if row["model"] == "own"] == [0]
+
+
+def test_without_their_memory_clients_do_not_train_again_as_others(
+    fedavg: tuple[Path, dict[int, dict[str, Tensor]]], tmp_path: Path, command: Command
+) -> None:
+    """Without the target networks of round 1 they would end elsewhere."""
+    run_dir = Path(shutil.copytree(fedavg[0], tmp_path / "run"))
+    (run_dir / "clients").rename(tmp_path / "memory")
+    given = (str(run_dir), *REPLAY, "evaluate.families=[tiny]")
+    ended = command(*given)
+    assert ended.code == 0
+    lost = measured(tmp_path, "replayed.json")
+    reason = lost["absent"]["cka_global"]
+    assert f"{run_dir / 'clients'} has no memory of client 2 after round 2; client.store=DIR says where" in reason
+    assert not [row for row in lost["rows"] if row["model"] == "own"]
+    assert command(*given, "client.store=memory").code == 0
+    assert "cka_global" in figures(measured(tmp_path, "replayed.json"), "own", "tiny", 2)
+
+
+# --- the clients' memory elsewhere
+
+
+def test_clients_memory_that_was_moved_is_missed_and_found(tmp_path: Path, command: Command) -> None:
+    run_dir = finished(tmp_path, "strategy=local_only", f"client.store={tmp_path / 'store'}")
+    (tmp_path / "store").rename(tmp_path / "moved")
+    given = (str(run_dir), *PROBES, "evaluate.families=[tiny]")
+    ended = command(*given)
+    assert ended.code == 2
+    assert f"nor in its clients' memory, {tmp_path / 'store'}, which does not exist" in ended.err
+    assert "client.store=DIR" in ended.err
+    ended = command(*given, "client.store=nowhere")
+    assert ended.code == 2
+    assert "client.store=nowhere is no folder" in ended.err
+    assert command(*given, "client.store=moved").code == 0
+    assert figures(measured(run_dir), "own", "tiny", 2)["knn_top1"] > 0
+
+
+def test_models_that_clients_kept_and_lost_are_said_to_be_lost(tmp_path: Path, command: Command) -> None:
+    run_dir = finished(tmp_path, "strategy=flesd", "downlink=none")
+    (run_dir / "clients").rename(tmp_path / "moved")
+    given = (str(run_dir), *REPLAY, "evaluate.families=[tiny]")
+    assert command(*given).code == 0
+    assert measured(tmp_path, "replayed.json")["absent"]["cka_global"] == (
+        f"the clients' memory was in {run_dir / 'clients'}, which does not exist; client.store=DIR says where it is"
+    )
+    assert command(*given, "client.store=moved").code == 0
+    assert measured(tmp_path, "replayed.json")["absent"] == {}
+
+
+# --- where results go
+
+
+def test_a_file_of_other_settings_is_not_replaced_unless_it_is_named(
+    flesd: Path, tmp_path: Path, command: Command
+) -> None:
+    run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
+    before = tree_hash(run_dir)
+    ended = command(str(run_dir), *QUICK, "evaluate.finetune.shares=[]", "device=cpu")
+    assert (ended.code, ended.out) == (2, "")
+    assert "evaluating" not in ended.err
+    assert f"{run_dir / 'evaluation.json'} was made with other settings" in ended.err
+    assert "(evaluate.finetune.shares was [0.01, 0.1], now [])" in ended.err
+    assert f"-o {run_dir / 'evaluation.json'} replaces it" in ended.err
+    assert tree_hash(run_dir) == before
+    ended = command(str(run_dir), *PROBES, "evaluate.families=[tiny]", "-o", "run/evaluation.json")
+    assert (ended.code, "replaced run/evaluation.json" in ended.out) == (0, True)
+    assert measured(run_dir)["settings"]["finetune"]["shares"] == []
+
+
+def test_two_roots_of_one_data_set_are_two_evaluations(flesd: Path, tmp_path: Path, command: Command) -> None:
+    from PIL import Image
+
+    run_dir = Path(shutil.copytree(flesd, tmp_path / "run"))
+    for root in ("a", "b"):
+        for split in ("train", "test"):
+            for name, level in (("dark", 20), ("light", 220)):
+                folder = tmp_path / root / split / name
+                folder.mkdir(parents=True)
+                for i in range(6):
+                    Image.new("RGB", (20, 20), (level + i, level, level)).save(folder / f"{i}.png")
+    given = (str(run_dir), *PROBES, "evaluate.families=[tiny]", "evaluate.data=image_folder")
+    assert command(*given, "evaluate.root=a").code == 0
+    ended = command(*given, "evaluate.root=b")
+    assert ended.code == 2
+    assert 'evaluate.root was "a", now "b"' in ended.err
+    assert command(*given, "evaluate.root=b", "-o", "new/b.json").code == 0
+    assert measured(tmp_path / "new", "b.json")["settings"]["root"] == "b"
+    assert measured(run_dir, "evaluation-image_folder.json")["settings"]["root"] == "a"
+
+
+def test_no_other_file_is_replaced(flesd: Path, tmp_path: Path, command: Command) -> None:
+    before = tree_hash(flesd)
+    (tmp_path / "broken.json").write_text('{"rows": [')
+    for given in (flesd / "summary.json", flesd / "config.yaml", flesd, tmp_path / "broken.json"):
+        ended = command(str(flesd), *QUICK, "-o", str(given))
+        assert (ended.code, ended.out) == (2, "")
+        assert f"{given} is no file that fedssl-evaluate has made" in ended.err
+    assert tree_hash(flesd) == before
 
 
 def test_mean_and_range_over_clients() -> None:
@@ -369,6 +583,7 @@ def test_models_that_were_cleared_away_are_missed(flesd: Path, tmp_path: Path, c
     ended = command(str(run_dir), *QUICK)
     assert ended.code == 2
     assert "holds no model of conv4_4, conv4_2, tiny: neither in models/, nor in its clients' memory" in ended.err
+    assert "Put models/ back" in ended.err
 
 
 def test_weights_of_no_use_are_said(flesd: Path, tmp_path: Path, command: Command) -> None:

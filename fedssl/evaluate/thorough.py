@@ -22,12 +22,14 @@ class Thorough:
 
     Args:
         families: architectures; None: all that the run has a model of.
+        replay_clients: measure the models that the last round's clients had, too, where they keep none.
         label_shares: linear probes on shares of the labels.
         finetune: fine-tuning on shares of the labels.
         diagnostics: of features, without labels or with them.
     """
 
     families: Sequence[str] | None
+    replay_clients: bool
     label_shares: LabelShares
     finetune: FineTuning
     diagnostics: Diagnostics

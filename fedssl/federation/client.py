@@ -72,6 +72,7 @@ class Client:
         memory: tensors this client kept after the last round it took part in; what is in it when the client half
             returns is kept for the next.
         phase: what it is doing, for the message of a failure.
+        trained: the model that `train` last trained of each family, for a replay to look at.
     """
 
     partition_id: int
@@ -92,6 +93,7 @@ class Client:
     embed_batch_size: int
     memory: dict[str, Tensor] = field(default_factory=dict)
     phase: str = "the strategy's client half"
+    trained: dict[str, Model] = field(default_factory=dict, init=False)
 
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:
@@ -175,6 +177,7 @@ class Client:
                 amp=self.local.amp and self.device.type == "cuda",
             )
         self.memory |= {f"{prefix}{name}": value for name, value in kept.items()}
+        self.trained[family or self.family] = model
         return metrics
 
     def embed_public(self, model: Model, embedding: str) -> Float[Tensor, "n d"]:

@@ -1,11 +1,12 @@
 """The evaluation of a finished run: every model it left, beside the same networks before training.
 
 A strategy with global models is measured by them. One without, such as `local_only`, keeps its clients' models in their
-memory, and each of them is measured. A strategy that has both also gets a row for every client's own model.
+memory, and each of them is measured. A strategy that has both also gets a row for every client's own model; where
+clients keep none, those of the last round can be trained again (`evaluate.replay_clients`).
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,17 @@ from fedssl.data.partition import read_npz
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluate import Examiner, Findings, Thorough, linear_cka
 from fedssl.federation.client import own_model
-from fedssl.federation.records import load_state
+from fedssl.federation.records import load_state, model_state
 from fedssl.federation.setup import Setup
+from fedssl.federation.simulation import ReplayedRound
 from fedssl.federation.store import ClientStore
 
 GLOBAL, OWN, CLIENTS = "global", "own", "clients"  # `model` of a row: the last is the mean over the clients' own
 RANDOM_INIT, RAW_PIXELS = "random_init", "raw_pixels"  # the controls
+
+
+class LostMemoryError(DataError):
+    """A client remembers, but the store does not hold what it wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +39,20 @@ class FinishedRun:
     """The models that a completed run left, as backbones on its device.
 
     Args:
-        setup: built from the run's configuration.
+        setup: built from the run's configuration, with the probes of this evaluation.
+        as_it_ran: with the run's own probes, as its client tasks are replayed.
         run_dir: where it lies.
         store: its clients' memory.
         rounds: how many it did.
+        replied: the clients whose uploads the last of them used.
     """
 
     setup: Setup
+    as_it_ran: Setup
     run_dir: Path
     store: ClientStore
     rounds: int
+    replied: Sequence[int]
 
     def initial(self, family: str) -> nn.Module:
         """The run's network of `family` before round 1, as its round 0 was probed."""
@@ -57,6 +67,48 @@ class FinishedRun:
         """The one of `family` that this client kept after its last round; None where it keeps none."""
         state = own_model(self.store.read(partition_id, before=self.rounds + 1), family)
         return self._load(family, state) if state else None
+
+    @cached_property
+    def lost_memory(self) -> bool:
+        """Whether the folder of the clients' memory is not there, though the run's configuration says it had one."""
+        config = self.setup.config
+        keeps = (config["strategy"]["client"] or {}).get("downlink", "weights") != "weights"
+        return (keeps or config["client"].get("store") is not None) and not self.store.root.is_dir()
+
+    @cached_property
+    def unreplayable(self) -> str | None:
+        """Why no client's last task can run again; None if it can."""
+        setup, last = self.as_it_ran, self.rounds
+        if setup.client_half is None:
+            return f"strategy={setup.config['strategy']['name']} asks no client to train"
+        if last not in ReplayedRound.replayable(setup, self.run_dir):
+            return (
+                f"none can be trained again: {self.run_dir / 'checkpoints'} has no state after round {last - 1}, where "
+                f"round {last} began (federation.keep_checkpoints={setup.federation.keep_checkpoints})"
+            )
+        return None
+
+    @cached_property
+    def last_round(self) -> ReplayedRound:
+        """To run the tasks of its clients again."""
+        return ReplayedRound(self.as_it_ran, self.run_dir, self.rounds)
+
+    def replayed_model(self, partition_id: int, family: str) -> nn.Module | None:
+        """What this client had at the end of its last training, trained again; None where it trained no `family`.
+
+        On the device that the run had, bit for bit the same.
+
+        Raises:
+            LostMemoryError: what the client remembered from earlier rounds is not in the store.
+        """
+        _, client = self.last_round.task(partition_id)
+        if client.memory and self.rounds not in self.store.versions(partition_id):
+            raise LostMemoryError(
+                f"{self.store.root} has no memory of client {partition_id} after round {self.rounds}; client.store=DIR "
+                f"says where it is"
+            )
+        model = client.trained.get(family)
+        return None if model is None else self._load(family, model_state(model))
 
     def _load(self, family: str, state: Mapping[str, Tensor]) -> nn.Module:
         model = self.setup.build_model(family)
@@ -80,38 +132,47 @@ class FinishedRun:
         return [p for p in range(len(self.partition["offsets"]) - 1) if p != int(self.partition["public_partition"])]
 
 
-def evaluate_run(run: FinishedRun, thorough: Thorough, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every model of `run`.
+class RunEvaluation:
+    """Every model of one run, measured.
 
     Args:
         run: a completed one.
         thorough: what is measured beside the run's probes.
         say: is told what is being measured.
 
-    Returns:
-        `labelled_images` and `test_images`, counts; `absent`, for each figure that could not be had the reason; and
-        `rows`, each with `model` (global, own, clients, random_init or raw_pixels), `family`, `partition` and
-        `metrics`. A row of a family has, beside what `Examiner` names, the mean over its clients of `shard_knn_top1`
-        and `shard_linear_top1` (`fedssl.evaluate.shards`), with `_min` and `_max`. `clients` is the mean over the
-        clients' own models, likewise. Linear CKA is `cka_random_init` with the untrained network, `cka_global` of a
-        client's own model with the global one, `cka_clients` the mean over pairs of clients.
-
     Raises:
-        ConfigError: an unknown family, no model at all, or labels that cannot be used.
+        ConfigError: an unknown family, labels that cannot be used, or a damaged checkpoint where clients are to be
+            replayed.
     """
-    return _Evaluation(run, thorough, say).everything()
 
-
-class _Evaluation:
     def __init__(self, run: FinishedRun, thorough: Thorough, say: Callable[[str], None]) -> None:
-        self.run, self.say = run, say
+        self.run, self.thorough, self.say = run, thorough, say
         self.families = _chosen(run, thorough)
         self.examiner = Examiner(run.setup.evaluator, thorough)
         self.rows: list[dict[str, Any]] = []
         self.absent: dict[str, str] = {}
         self.counts = self._counts()
+        self.replays = thorough.replay_clients and not run.lost_memory and run.unreplayable is None
+        self.unreplayed: str | None = None  # why a client's task was of no use
+        if self.replays:
+            _ = run.last_round  # whatever is wrong with its checkpoint is said before the work
 
-    def everything(self) -> dict[str, Any]:
+    def __call__(self) -> dict[str, Any]:
+        """Do the work.
+
+        Returns:
+            `labelled_images` and `test_images`, counts; `absent`, for each figure that could not be had the reason; and
+            `rows`, each with `model` (global, own, clients, random_init or raw_pixels), `family`, `partition` and
+            `metrics`. A row of a family has, beside what `Examiner` names, the mean over its clients of
+            `shard_knn_top1` and `shard_linear_top1` (`fedssl.evaluate.shards`), with `_min` and `_max`. `clients` is
+            the mean over the clients' own models, likewise: those that they kept, or with `replay_clients` those that
+            the last round's clients had when they made their uploads. Linear CKA is `cka_random_init` with the
+            untrained network, `cka_global` of a client's own model with the global one, `cka_clients` the mean over
+            pairs of clients.
+
+        Raises:
+            ConfigError: there is no model at all.
+        """
         setup = self.run.setup
         found = False
         for family in self.families:
@@ -123,19 +184,17 @@ class _Evaluation:
                 continue
             found = True
         if not found:
+            memory = self.run.store.root
             raise ConfigError(
                 f"{self.run.run_dir} holds no model of {', '.join(self.families)}: neither in models/, nor in its "
-                f"clients' memory ({self.run.store.root}). Was it moved, or cleared away?"
+                f"clients' memory, {memory}{'' if memory.is_dir() else ', which does not exist'}. Put models/ back, or "
+                f"name the folder where the clients' memory is now by client.store=DIR."
             )
         if setup.evaluation.raw_pixels:
             self.say("raw pixels")
             self._row(RAW_PIXELS, None, None, self.examiner.frozen(nn.Flatten()).metrics)
         if not any("cka_global" in row["metrics"] for row in self.rows):
-            self.absent["cka_global"] = (
-                "no client keeps a model of its own beside the global one"
-                if any(row["model"] == GLOBAL for row in self.rows)
-                else "the run has no global model; cka_clients compares its clients with each other"
-            )
+            self.absent["cka_global"] = self._why_no_own_model()
         return {
             "labelled_images": {"all": len(setup.evaluator.train), **self.examiner.labelled_images()},
             "test_images": len(setup.evaluator.test),
@@ -159,7 +218,10 @@ class _Evaluation:
         for partition_id in clients:
             if shard := self._shard(found, partition_id):
                 self._row(GLOBAL, family, partition_id, shard)
-            if (own := self.run.own_model(partition_id, family)) is not None:
+            own = self.run.own_model(partition_id, family)
+            if own is None:
+                own = self._replayed(partition_id, family)
+            if own is not None:
                 self.say(f"{family}: the model of client {partition_id}")
                 probed = self.examiner.probe(own)
                 cka = linear_cka(probed.features, found.features)
@@ -167,6 +229,32 @@ class _Evaluation:
                 self._row(OWN, family, partition_id, kept[-1])
         if kept:
             self._row(CLIENTS, family, None, over_clients(kept))
+
+    def _replayed(self, partition_id: int, family: str) -> nn.Module | None:
+        """The model of a client that kept none, trained again; None where that is not asked for, or of no use."""
+        last = self.run.rounds
+        if not self.replays or partition_id not in self.run.replied or partition_id not in self.run.last_round.asked:
+            return None
+        self.say(f"{family}: client {partition_id}, which trains again as in round {last}")
+        try:
+            return self.run.replayed_model(partition_id, family)
+        except LostMemoryError as error:
+            self.replays, self.unreplayed = False, f"none can be trained again: {error}"
+            return None
+
+    def _why_no_own_model(self) -> str:
+        run, last = self.run, self.run.rounds
+        if not any(row["model"] == GLOBAL for row in self.rows):
+            return "the run has no global model; cka_clients compares its clients with each other"
+        if run.lost_memory:
+            return (
+                f"the clients' memory was in {run.store.root}, which does not exist; client.store=DIR says where it is"
+            )
+        if not self.thorough.replay_clients and run.unreplayable is None:
+            more = f"; evaluate.replay_clients=true trains those of round {last} again"
+        else:
+            more = f", and {run.unreplayable or self.unreplayed or f'none trained one in round {last}'}"
+        return f"the run holds no client's own model beside the global one{more}"
 
     def _clients(self, family: str) -> bool:
         """Rows of a family without a global model; False where no client has kept one either."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import load_file, save_file
@@ -19,11 +19,12 @@ from torch import nn
 from fedssl.config import check_values, instantiate
 from fedssl.errors import ConfigError
 from fedssl.federation.checkpoint import Checkpoints
+from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.client_app import make_client_app
 from fedssl.federation.flower_compat import make_context
 from fedssl.federation.grids.base import node_config
 from fedssl.federation.grids.in_process import InProcess, torch_threads
-from fedssl.federation.records import family_state, load_state
+from fedssl.federation.records import Upload, family_state, load_state
 from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
@@ -106,39 +107,80 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
     """
     setup = Setup(config, run_dir)
     setup.check()
-    if setup.client_half is None:
+    replayed = ReplayedRound(setup, run_dir, round_num)
+    if partition_id not in replayed.asked:
         raise ConfigError(
-            f"strategy={config['strategy']['name']} asks no client to do anything, so there is no client's task to "
-            f"replay in {run_dir}."
+            f"replay.partition={partition_id} was not asked in round {round_num}; asked were {replayed.asked}"
         )
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
-    replayable = [r + 1 for r in checkpoints.rounds() if r < setup.federation.num_rounds]
-    if round_num not in replayable:
-        raise ConfigError(
-            f"replay.round={round_num} would start from the state after round {round_num - 1}, which is not kept; "
-            f"rounds that can be replayed: {replayable}. Kept are the last federation.keep_checkpoints="
-            f"{setup.federation.keep_checkpoints} states and the bases of rounds with failures."
-        )
-    arrays, strategy_state, _ = checkpoints.load(round_num - 1)
-    strategy = build_strategy(setup)
-    _restore(strategy, strategy_state)
-    store = ClientStore(store_root(config, run_dir), writable=False)
-    app = make_client_app(setup, setup.client_half, store, explain=False)
-    with InProcess().open(
-        lambda: app, num_clients=setup.federation.num_clients, threads=setup.local.threads, device=config["device"]
-    ) as grid:
-        cohort = ask_roster(grid)
-        with torch_threads(setup.federation.server_threads):  # it may compute what it sends; threads are part of that
-            messages = list(strategy.configure_train(round_num, arrays, ConfigRecord(), grid))
-        by_node = {message.metadata.dst_node_id: message for message in messages}
-        asked = [member.partition_id for member in cohort.values() if member.node_id in by_node]
-        if partition_id not in asked:
-            raise ConfigError(f"replay.partition={partition_id} was not asked in round {round_num}; asked were {asked}")
-        node_id = cohort[partition_id].node_id
-        context = make_context(node_id, node_config(node_id, setup.federation.num_clients), RecordDict())
-        with torch_threads(setup.local.threads):  # part of the result
-            reply = app(by_node[node_id], context)
+    reply, _ = replayed.task(partition_id)
     return {name: float(v) for name, v in reply.content.metric_records["metrics"].items() if isinstance(v, int | float)}
+
+
+class ReplayedRound:
+    """A round of a finished or failed run, whose client tasks can run again in this process; the run stays as it is.
+
+    Args:
+        setup: the run's.
+        run_dir: where it lies.
+        round_num: one of `replayable`.
+
+    Raises:
+        ConfigError: the strategy has no client half, or the round's base is not kept.
+    """
+
+    def __init__(self, setup: Setup, run_dir: Path, round_num: int) -> None:
+        config = setup.config
+        if setup.client_half is None:
+            raise ConfigError(
+                f"strategy={config['strategy']['name']} asks no client to do anything, so there is no client's task to "
+                f"replay in {run_dir}."
+            )
+        if round_num not in (known := self.replayable(setup, run_dir)):
+            raise ConfigError(
+                f"replay.round={round_num} would start from the state after round {round_num - 1}, which is not kept; "
+                f"rounds that can be replayed: {known}. Kept are the last federation.keep_checkpoints="
+                f"{setup.federation.keep_checkpoints} states and the bases of rounds with failures."
+            )
+        arrays, strategy_state, _ = _checkpoints(setup, run_dir).load(round_num - 1)
+        strategy = build_strategy(setup)
+        _restore(strategy, strategy_state)
+        self._setup = setup
+        store = ClientStore(store_root(config, run_dir), writable=False)
+        self._app = make_client_app(setup, self._observed, store, explain=False)
+        with InProcess().open(
+            lambda: self._app,
+            num_clients=setup.federation.num_clients,
+            threads=setup.local.threads,
+            device=config["device"],
+        ) as grid:
+            partitions = {member.node_id: member.partition_id for member in ask_roster(grid).values()}
+            with torch_threads(setup.federation.server_threads):  # it may compute what it sends: part of the result
+                messages = list(strategy.configure_train(round_num, arrays, ConfigRecord(), grid))
+        self._messages = {partitions[message.metadata.dst_node_id]: message for message in messages}
+
+    @staticmethod
+    def replayable(setup: Setup, run_dir: Path) -> list[int]:
+        """The rounds of which the base is kept, ascending."""
+        return [r + 1 for r in _checkpoints(setup, run_dir).rounds() if r < setup.federation.num_rounds]
+
+    @property
+    def asked(self) -> list[int]:
+        """The clients that were asked in it."""
+        return sorted(self._messages)
+
+    def task(self, partition_id: int) -> tuple[Message, Client]:
+        """Run the task of one that was asked; its reply, and the client as its half left it."""
+        message = self._messages[partition_id]
+        node_id = message.metadata.dst_node_id
+        context = make_context(node_id, node_config(node_id, self._setup.federation.num_clients), RecordDict())
+        with torch_threads(self._setup.local.threads):  # part of the result
+            reply = self._app(message, context)
+        return reply, self._client
+
+    def _observed(self, client: Client, broadcast: Broadcast) -> Upload:
+        self._client = client
+        upload: Upload = self._setup.client_half(client, broadcast)
+        return upload
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -154,7 +196,7 @@ def build_strategy(setup: Setup) -> Strategy:
 def store_root(config: Mapping[str, Any], run_dir: Path) -> Path:
     """Where the clients' memory lies: `client.store=`, or the run directory."""
     moved = config["client"].get("store")
-    return Path(moved) if moved else run_dir / "clients"
+    return Path(moved).expanduser() if moved else run_dir / "clients"
 
 
 def _claim_store(folder: Path) -> None:
@@ -206,7 +248,7 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
 
 def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]:
     """From the newest checkpoint, or the start, to the summary; a run that is killed on the way has none."""
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
+    checkpoints = _checkpoints(setup, run_dir)
     state: State | None = None
     if rounds := checkpoints.rounds():
         arrays, strategy_state, progressed = checkpoints.load(rounds[-1])
@@ -317,6 +359,10 @@ def load_encoder(run_dir: Path, family: str | None) -> nn.Module:
     model = setup.build_model(family)
     load_state(model, load_file(weights))
     return model.backbone.eval()
+
+
+def _checkpoints(setup: Setup, run_dir: Path) -> Checkpoints:
+    return Checkpoints(run_dir / "checkpoints", keep=setup.federation.keep_checkpoints)
 
 
 def _restore(strategy: Strategy, state: Mapping[str, Any]) -> None:
