@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_of, overridden, resolve
+from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_of, overridden, resolve, unread
 from fedssl.errors import ConfigError, FedSSLError
 
 OK, BUG, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 4, 130
@@ -75,6 +75,9 @@ def _compose_and_run(arguments: list[str]) -> int:
             print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
         elif not Path(hydra_config.run.dir).is_absolute():
             run_dir = Path(hydra_config.run.dir)  # as the user wrote it
+        if idle := unread(config, hydra_config.overrides.task):
+            strategy = hydra_config.runtime.choices["strategy"]
+            print(f"note: strategy={strategy} does not read {' '.join(idle)}", file=sys.stderr, flush=True)
         siblings = list(finished)
         code = _report_errors(lambda: _run(resolve(config, hydra_config), run_dir, siblings))
         if code == BAD_INPUT and not existed and run_dir.is_dir() and not any(run_dir.iterdir()):

@@ -30,6 +30,7 @@ from fedssl.errors import ConfigError
 
 CONFIG_NAME = "config"
 EVALUATION_NAME = "evaluation"
+FOR_STRATEGIES = ("codec", "distill", "downlink", "embedding", "ensemble")  # read by strategies that refer to them
 OF_THE_ROUNDS = ("_target_", "every", "source")  # keys of a run's `evaluate` that mean nothing once it is over
 OF_A_FINISHED_RUN = ("device", "data.root", "client.store")  # where it is evaluated, and where its files are now
 
@@ -107,6 +108,20 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
         image_size = resolved["data"]["image_size"]
         evaluate["source"] = _named_source("evaluate", evaluate["data"], evaluate["root"], image_size, search_path)
     return {str(key): value for key, value in resolved.items()}
+
+
+def unread(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Those overrides of what is exchanged and distilled that the chosen strategy's YAML does not refer to.
+
+    Args:
+        config: composed, interpolations not resolved.
+        overrides: as given.
+    """
+    text = OmegaConf.to_yaml(config.strategy)
+    if "${codec" in text:
+        text += OmegaConf.to_yaml(config.codec)
+    idle = [key for key in FOR_STRATEGIES if f"${{{key}" not in text]
+    return [override for override in overrides if override.lstrip("+").split("=")[0].split(".")[0] in idle]
 
 
 def _fit_to_the_ensemble(config: DictConfig) -> None:

@@ -4,7 +4,8 @@ Zhuang et al. 2021, https://arxiv.org/abs/2108.06492. Made for BYOL: the online 
 predictor go up and are averaged by number of images; every client starts from the global encoder; its target network
 never leaves it. The paper's divergence-aware predictor update (DAPU): the global predictor replaces the client's own if
 the client's divergence is below a threshold, else the client goes on with its own. At its first round it has none of
-its own. A method without a predictor leaves nothing to decide: then FedU is FedAvg, and says so in the report.
+its own. A method without a predictor leaves nothing to decide: then FedU is FedAvg, and says so in the report. Where
+clients have different methods (`client.methods`), those without a predictor send the one that they were sent.
 
 Departs from the paper: it compares the global encoder with the client's. The authors' code compares the client's
 encoder at the start and at the end of its own previous training, by the mean over the convolutions of the L2 norm of

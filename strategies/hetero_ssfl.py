@@ -17,8 +17,9 @@ does not see scale, so the numbers are divided by the largest. In fp16 an entry 
 of the largest, and by 2^-11 of itself where it is not tiny; factors move an entry of Kbar by at most 2^-10 |f_i| |f_j|.
 
 Departs from the paper: kernels are of cosines, which is what codecs carry, and of what `embedding` says; public images
-are batches without augmentation, drawn anew in every step; clients
-count alike in Kbar, whatever they own.
+are batches without augmentation, drawn anew in every step; they go through the network in train mode, so batch norm
+sees them, too, and its running averages are of private views and public images; clients count alike in Kbar, whatever
+they own.
 """
 
 import logging

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from fedssl.errors import PayloadError
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_client import PerClient
 from fedssl.federation.records import Upload
@@ -63,6 +64,8 @@ class LocalOnly(PerClient):
         """Parse a reply without arrays."""
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, "none")
+        if upload.arrays:
+            raise PayloadError(f"it sends {len(upload.arrays)} arrays, and none are exchanged")
         return upload
 
     def aggregate_train(

@@ -1,8 +1,8 @@
 """Orchestra: clients learn to agree with a clustering that all of them made together.
 
-Lubana et al. 2022, https://arxiv.org/abs/2205.11506. Brings its own loss, so `method=` is not read. A client has an
-online network f, a target network t that follows it, and the unit global centroids C; x3 is a view turned by a random
-multiple of 90 degrees, which it has to tell:
+Lubana et al. 2022, https://arxiv.org/abs/2205.11506. Brings its own loss, so `method=` is not read, and the heads of
+that method travel as they are. A client has an online network f, a target network t that follows it, and the unit
+global centroids C; x3 is a view turned by a random multiple of 90 degrees, which it has to tell:
 
     loss = -sum softmax(t(x1) C / T) . log softmax(f(x2) C / T) + cross-entropy(rotation of x3)
 

@@ -254,6 +254,26 @@ def _unlabelled_images(folder: Path, count: int = 30) -> None:
         Image.new("RGB", (16, 16), (number, 2 * number, 90)).save(folder / f"{number}.png")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "given", "idle"),
+    [
+        ("fedavg", ["downlink=none", "codec=topk"], ["downlink=none", "codec=topk"]),
+        ("public_only", ["embedding=backbone", "distill.epochs=3"], ["embedding=backbone"]),
+        ("hetero_ssfl", ["ensemble=row", "codec=topk"], ["ensemble=row"]),
+        ("flesd", ["ensemble=row", "codec=topk", "downlink=none"], []),
+    ],
+)  # fmt: skip
+def test_settings_that_the_strategy_does_not_read_are_named(
+    command: Command, tmp_path: Path, strategy: str, given: list[str], idle: list[str]
+) -> None:
+    ended = command(*SMALL, f"strategy={strategy}", *given, "client.batch_size=1", f"run_dir={tmp_path / 'run'}")
+    assert ended.code == 2  # there is no batch of one: the run itself is another test's
+    notes = [line for line in ended.err.splitlines() if line.startswith("note: ")]
+    assert [
+        set(note.removeprefix(f"note: strategy={strategy} does not read ").split()) & set(given) for note in notes
+    ] == ([set(idle)] if idle else [])
+
+
 def test_cuda_is_refused_where_there_is_none(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ended = command(*small("device=cuda"))

@@ -20,6 +20,7 @@ from fedssl.evaluate import linear_cka
 from fedssl.evaluate.features import extract_features
 from fedssl.evaluate_command import main
 from fedssl.federation import simulation
+from fedssl.federation.client import own_model
 from fedssl.federation.evaluation import over_clients
 from fedssl.federation.records import Upload, load_state, model_state
 from fedssl.federation.setup import Setup
@@ -216,7 +217,7 @@ def test_clients_are_compared_with_each_other(local: Path) -> None:
     for partition in range(4):
         model = setup.build_model("conv4_4")
         memory = load_file(local / "clients" / str(partition) / "1.safetensors")
-        state = {name.removeprefix("conv4_4/"): value for name, value in memory.items() if name.startswith("conv4_4/")}
+        state = own_model(memory, "conv4_4")
         model.load_state_dict(state, strict=False)
         features.append(extract_features(model.backbone, setup.evaluator.test, setup.views, 64, torch.device("cpu")))
     pairs = [linear_cka(features[i], features[j]) for i in range(4) for j in range(i)]

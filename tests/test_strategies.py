@@ -18,6 +18,7 @@ from fedssl.config import compose
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
+from fedssl.federation.arrays import to_record
 from fedssl.federation.client import OWN
 from fedssl.federation.flower_compat import SERVER_NODE_ID, identify_process, make_context, stamp
 from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
@@ -422,6 +423,14 @@ def test_best_client_refuses_an_accuracy_that_is_none(accuracy: float | None, tm
         metrics["linear_top1"] = accuracy
     with pytest.raises(PayloadError, match="linear_top1"):
         strategy.check(replies[1])
+
+
+def test_local_only_refuses_arrays(tmp_path: Path) -> None:
+    _, strategy, _, replies = first_round(small(None, "strategy=local_only"), tmp_path)
+    assert strategy.check(replies[0]).arrays == {}  # type: ignore[attr-defined]
+    replies[0].content["arrays"] = to_record({"pixels": np.zeros(3)})
+    with pytest.raises(PayloadError, match="it sends 1 arrays, and none are exchanged"):
+        strategy.check(replies[0])  # type: ignore[attr-defined]
 
 
 def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
