@@ -59,7 +59,10 @@ SMALL = (
     "evaluate.linear.l2=[0.01]",
     "evaluate.logistic.max_iterations=5",
 )
-NEEDS = {"bulyan": ("federation.families=[conv4_4]",)}  # strategy -> what it asks of a federation: 3 clients a family
+NEEDS = {  # strategy -> what it asks of a federation: 3 clients a family; and of so few images: a short queue
+    "bulyan": ("federation.families=[conv4_4]",),
+    "fedmkd": ("strategy.server.queue_size=32",),
+}
 COHORTS = {"bulyan": 3}  # strategy -> the smallest cohort that is one to it; else 2
 ON_RAY = ("grid=ray", "grid.workers=2", "grid.gpus=2")  # the Ray of test_grids_ray.py, which sees two GPUs: one start
 

@@ -412,8 +412,8 @@ def test_projections_of_different_widths_cannot_be_added() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("epochs", "0", r"epochs, queue_size and attention_dim must be at least 1, got 0, 1024 and 10"),
-        ("attention_dim", "0", r"at least 1, got 5, 1024 and 0; set it under strategy\.server"),
+        ("epochs", "0", r"epochs, queue_size and attention_dim must be at least 1, got 0, 32 and 10"),
+        ("attention_dim", "0", r"at least 1, got 5, 32 and 0; set it under strategy\.server"),
         ("temperature", "0", r"temperature greater than 0, got 0\.1, 0\.9 and 0"),
         ("distill_weight", "0", r"distill_weight and temperature greater than 0"),
         ("method_weight", "-1", r"method_weight must be at least 0"),
