@@ -75,11 +75,16 @@ def _compose_and_run(arguments: list[str]) -> int:
             print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
         elif not Path(hydra_config.run.dir).is_absolute():
             run_dir = Path(hydra_config.run.dir)  # as the user wrote it
-        if idle := unread(config, hydra_config.overrides.task):
-            strategy = hydra_config.runtime.choices["strategy"]
-            print(f"note: strategy={strategy} does not read {' '.join(idle)}", file=sys.stderr, flush=True)
         siblings = list(finished)
-        code = _report_errors(lambda: _run(resolve(config, hydra_config), run_dir, siblings))
+
+        def work() -> int:
+            code = _run(resolve(config, hydra_config), run_dir, siblings)
+            if idle := unread(config, hydra_config.overrides.task):
+                strategy = hydra_config.runtime.choices["strategy"]
+                print(f"  note: strategy={strategy} does not read {' '.join(idle)}", flush=True)
+            return code
+
+        code = _report_errors(work)
         if code == BAD_INPUT and not existed and run_dir.is_dir() and not any(run_dir.iterdir()):
             run_dir.rmdir()  # Hydra made it
         if code == OK:

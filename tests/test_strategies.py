@@ -13,6 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
+from torch import nn
 
 from fedssl.config import compose
 from fedssl.data.images import ImageSet
@@ -27,6 +28,7 @@ from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
 from fedssl.federation.weights import check_weights
+from fedssl.models import Model
 from fedssl.seeding import generator
 from strategies.fedavg import FedAvg
 from strategies.flesd import FLESD
@@ -202,13 +204,24 @@ def test_a_plain_server_app_learns_the_same_weights(finished: Any, tmp_path: Pat
 
 
 # --- FedAvg ---
+class Weights(Model):
+    """Weights by name; nothing that computes."""
+
+    def __init__(self, **values: list[float] | float) -> None:
+        super().__init__(nn.Identity(), nn.Identity())
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
+
+
 @pytest.fixture
-def fedavg() -> FedAvg:
+def fedavg(monkeypatch: pytest.MonkeyPatch) -> FedAvg:
     identify_process()
+    monkeypatch.setattr(FedAvg, "try_out", lambda self, model: torch.zeros(1, 1))
+    models = {"a": Weights(w=[0.0, 0.0], s=0.0), "b": Weights(w=[0.0, 0.0, 0.0])}
     setup = Setup(small(None, "strategy=fedavg"))
     families = {"families": ("a", "b"), "client_families": ("a", "b"), "report_family": "a"}
-    trainers = {"num_trainers_of": {"a": 2, "b": 2}}
-    strategy = FedAvg(server=dataclasses.replace(setup.server(), **families, **trainers), weighted=True)
+    known = {"num_trainers_of": {"a": 2, "b": 2}, "build_model": models.__getitem__}
+    strategy = FedAvg(server=dataclasses.replace(setup.server(), **families, **known), weighted=True)
     strategy.round_num = 1
     strategy.arrays = ArrayRecord(
         {
