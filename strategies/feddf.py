@@ -31,7 +31,7 @@ from fedssl.distill import Distillation
 from fedssl.ensemble import Rule, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.embedding import check_embedding
-from fedssl.federation.per_family import WeightUploads
+from fedssl.federation.per_family import Teachers
 from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import mean_weights
@@ -41,7 +41,7 @@ from fedssl.similarity import FactorSimilarity, unit_rows
 log = logging.getLogger(__name__)
 
 
-class FedDF(WeightUploads):
+class FedDF(Teachers):
     """The server half; the client half is FedAvg's.
 
     Args:

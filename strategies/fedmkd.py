@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from fedssl.errors import ConfigError
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.per_family import WeightUploads
+from fedssl.federation.per_family import Teachers
 from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.losses import cosine_distance, momentum_contrast
@@ -174,7 +174,7 @@ class Integration(Method):
 
 
 # --- the server half ---
-class FedMKD(WeightUploads):
+class FedMKD(Teachers):
     """The server half.
 
     Args:

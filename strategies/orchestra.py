@@ -39,10 +39,9 @@ from torch import Tensor, nn
 
 from fedssl.clustering import balanced_assignment, equal_kmeans
 from fedssl.errors import ConfigError, PayloadError
-from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import PerFamily
-from fedssl.federation.records import Upload, family_arrays
+from fedssl.federation.records import Upload, family_arrays, family_state
 from fedssl.federation.server import Server
 from fedssl.federation.weights import check_weights, mean_weights
 from fedssl.losses import cross_entropy
@@ -274,12 +273,11 @@ class Orchestra(PerFamily):
                 f"{LOCAL!r} must be unit vectors, got lengths {lengths.min():.3g} to {lengths.max():.3g}"
             )
 
-    def model(self, upload: Upload) -> Model:
+    def state(self, upload: Upload) -> dict[str, Tensor]:
         """The model that a client sent, with the global centroids as they were broadcast."""
-        family = upload.header.family
-        arrays = to_record({name: value for name, value in upload.arrays.items() if name != LOCAL})
-        arrays[f"{family}/{GLOBAL}"] = self.arrays[f"{family}/{GLOBAL}"]
-        return self.server.load(arrays, family)
+        state = super().state(upload)
+        del state[LOCAL]
+        return state | {GLOBAL: family_state(self.arrays, upload.header.family)[GLOBAL]}
 
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """FedAvg of the weights; the global centroids from all local ones."""

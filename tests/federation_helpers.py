@@ -149,6 +149,9 @@ def lie(upload: Upload, action: str) -> Upload:
         metrics["num-examples"] = 1e308
     elif action == "a million images":
         metrics["num-examples"] = 1e6
+    elif action == "huge":  # each weight passes for one of a network, together they do not
+        own = f"{header.family}/"
+        arrays = {name: np.full_like(value, 9e9) if name.startswith(own) else value for name, value in arrays.items()}
     elif action == "no weight":
         del metrics["num-examples"]
     elif action == "collapsed":

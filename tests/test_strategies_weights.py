@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
-from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Header, Upload, family_state, model_state, to_arrays
@@ -35,9 +34,11 @@ from tests.federation_helpers import (
     assert_same,
     final_arrays,
     first_round,
+    lie,
     numpy_of,
     rows,
     run_interrupted,
+    sabotaged,
     small,
 )
 
@@ -123,20 +124,27 @@ EXCHANGE_WEIGHTS = [
 
 @pytest.mark.parametrize("strategy", EXCHANGE_WEIGHTS)
 def test_a_model_that_overflows_is_refused_and_the_rest_used(strategy: str, tmp_path: Path) -> None:
-    """Each weight passes for one of a network, together they do not: the evaluation of a mean would end the run."""
+    """A mean with it would end the run, and a server's Adam would stand still from then on."""
     _, server_half, _, replies = first_round(small(None, f"strategy={strategy}"), tmp_path)
+    assert isinstance(server_half, WeightUploads)
     without, _ = server_half.aggregate_train(1, replies[1:])
-    upload = Upload.from_message(replies[0])
-    weights = {name for name in upload.arrays if name.startswith(f"{upload.header.family}/")}
-    replies[0].content["arrays"] = to_record(
-        {name: np.full_like(value, 9e9) if name in weights else value for name, value in upload.arrays.items()}
-    )
+    replies[0].content["arrays"] = lie(Upload.from_message(replies[0]), "huge").to_content()["arrays"]
     with pytest.raises(PayloadError, match="the model makes NaN or infinity of public images"):
-        server_half.check(replies[0])  # type: ignore[attr-defined]
+        server_half.check(replies[0])
     merged, _ = server_half.aggregate_train(1, replies)
     assert merged is not None
     assert without is not None
     assert_same(numpy_of(merged), numpy_of(without))
+
+
+def test_a_refused_upload_is_in_the_rounds_report(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", "strategy=fedavg", "federation.num_rounds=3", "evaluate.every=1")
+    simulation.run(sabotaged(config, "huge", round_num=2, partitions=[3]))
+    by_round = [row["metrics"] for row in rows(tmp_path / "run", "round")]
+    assert [(row["num_ok"], row["num_refused"]) for row in by_round] == [(4, 0), (3, 1), (4, 0)]
+    reason = "the model makes NaN or infinity of public images"
+    assert by_round[1]["failures"] == [{"partition": 3, "kind": "refused", "reason": reason}]
+    assert [row["partition"] for row in rows(tmp_path / "run", "client") if row["round"] == 2] == [0, 1, 2]
 
 
 def test_means_of_no_use_lose_the_round_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

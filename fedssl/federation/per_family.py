@@ -3,7 +3,8 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from weakref import WeakKeyDictionary
+from functools import cached_property
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -14,15 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedssl.errors import ConfigError, PayloadError
-from fedssl.federation.arrays import to_record
 from fedssl.federation.records import Upload, family_arrays, family_state, load_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights
-from fedssl.models import Model, evaluating
+from fedssl.models import Model
 
 log = logging.getLogger(__name__)
 
-NUM_TRIED = 16  # public images that a model has to make finite numbers of
+NUM_TRIED = 4  # public images that a model has to make finite numbers of
 LOST = "lost_rounds/"  # names in a strategy's state
 
 
@@ -31,7 +31,8 @@ class WeightUploads(Strategy):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
-        self.seen: WeakKeyDictionary[Message, Tensor] = WeakKeyDictionary()
+        self.tried: WeakSet[Message] = WeakSet()
+        self.on_trial: dict[str, Model] = {}  # by family, for `try_out`
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -49,43 +50,44 @@ class WeightUploads(Strategy):
             raise PayloadError(f"no client is of family {family!r}")
         self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
-        if reply not in self.seen:
-            seen = self.look(self.model(upload))
-            check_finite(seen)
-            self.seen[reply] = seen
+        if reply not in self.tried:  # our loop checks a reply before it aggregates it
+            self.try_out(family, self.state(upload))
+            self.tried.add(reply)
         return upload
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
         """Raise `PayloadError` unless these are weights of `family`."""
         check_weights(arrays, family_arrays(self.arrays, family), family)
 
-    def look(self, model: Model) -> Tensor:
-        """What the server computes of every client's model, once; the upload is refused unless all of it is finite.
-
-        Weights that are finite one by one can overflow together. A strategy that computes something anyway, does it
-        here, and finds it in `seen`.
-        """
-        return self.try_out(model)
-
-    def try_out(self, model: Model) -> Float[Tensor, "b d"]:
-        """Features and projections of a few public images."""
-        images = self.server.public_set.images
-        batch = images.take(np.arange(min(len(images), NUM_TRIED))).to(self.server.device)
-        with torch.no_grad(), evaluating(model):
-            features = model.backbone(self.server.views.plain(batch))
-            return torch.cat([features, model.projector(features)], dim=1)
-
     def check_merged(self, family: str, state: Mapping[str, Tensor]) -> None:
         """Raise `PayloadError` unless a network can have these weights, by parameter name, and work with them."""
         arrays = {f"{family}/{name}": value.numpy() for name, value in state.items()}
         check_weights(arrays, family_arrays(self.arrays, family), family)
-        model = self.server.build_model(family)
-        load_state(model, state)
-        check_finite(self.try_out(model.to(self.server.device)))
+        self.try_out(family, state)
 
-    def model(self, upload: Upload) -> Model:
-        """The model that a client sent, on the server's device."""
-        return self.server.load(to_record(upload.arrays), upload.header.family)
+    def try_out(self, family: str, state: Mapping[str, Tensor]) -> None:
+        """Raise `PayloadError` unless a network with these weights makes finite numbers of some public images.
+
+        Weights that are finite one by one can overflow together, and a mean with them does too; a server's Adam that
+        has seen them stands still. It costs a small network a millisecond.
+        """
+        if family not in self.on_trial:
+            self.on_trial[family] = self.server.build_model(family).to(self.server.device).eval()
+        model = self.on_trial[family]
+        load_state(model, state)
+        with torch.no_grad():
+            features = model.backbone(self._some_images)
+            check_finite(torch.cat([features, model.projector(features)], dim=1))
+
+    @cached_property
+    def _some_images(self) -> Float[Tensor, "b 3 s s"]:
+        images = self.server.public_set.images
+        return self.server.views.plain(images.take(np.arange(min(len(images), NUM_TRIED))).to(self.server.device))
+
+    def state(self, upload: Upload) -> dict[str, Tensor]:
+        """The model that a client sent, by parameter name."""
+        prefix = f"{upload.header.family}/"
+        return {name.removeprefix(prefix): torch.from_numpy(value.copy()) for name, value in upload.arrays.items()}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -105,6 +107,33 @@ def check_finite(outputs: Tensor) -> None:
     """Raise `PayloadError` unless all numbers are."""
     if not outputs.isfinite().all():
         raise PayloadError("the model makes NaN or infinity of public images")
+
+
+class Teachers(WeightUploads):
+    """Also looks at every client's model, once; an upload is refused unless all that it sees is finite."""
+
+    def __init__(self, *, server: Server) -> None:
+        super().__init__(server=server)
+        self.seen: WeakKeyDictionary[Message, Tensor] = WeakKeyDictionary()
+
+    @abstractmethod
+    def look(self, model: Model) -> Tensor:
+        """What the server makes of a client's model: `seen` keeps it as long as the reply."""
+
+    def check(self, reply: Message) -> Upload:
+        """As `WeightUploads`, and look at the model."""
+        upload = super().check(reply)
+        if reply not in self.seen:
+            seen = self.look(self.model(upload))
+            check_finite(seen)
+            self.seen[reply] = seen
+        return upload
+
+    def model(self, upload: Upload) -> Model:
+        """The model that a client sent, on the server's device."""
+        model = self.server.build_model(upload.header.family)
+        load_state(model, self.state(upload))
+        return model.to(self.server.device)
 
 
 class PerFamily(WeightUploads):
@@ -150,9 +179,11 @@ class PerFamily(WeightUploads):
             before = states[family] = family_state(self.arrays, family)
             if not members:
                 continue
-            merged = self.merge(family, members, before)
             try:
+                merged = self.merge(family, members, before)
                 self.check_merged(family, merged)
+                states[family] = merged
+                self.accept(family)
             except PayloadError as error:
                 log.warning(
                     "round %d: %s keeps its weights, what became of the uploads is of no use: %s. If the strategy has "
@@ -163,9 +194,6 @@ class PerFamily(WeightUploads):
                 )
                 self.lost_rounds.setdefault(family, []).append(server_round)
                 metrics[f"{family}/lost"] = 1.0
-            else:
-                states[family] = merged
-                self.accept(family)
         return to_arrays(states), to_metrics(metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
