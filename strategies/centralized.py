@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, image_passes
 
 log = logging.getLogger(__name__)
 
 
-class Centralized(Strategy):
+class Centralized(GlobalModels):
     """The server half; there is no other. Only the report family is trained."""
 
     def __init__(self, *, server: Server) -> None:
@@ -55,16 +55,6 @@ class Centralized(Strategy):
             memory=self.memory,
         )
         return to_arrays({family: model_state(model)}), to_metrics({f"{family}/{k}": v for k, v in metrics.items()})
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Nothing to ask the clients."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, for a resume."""

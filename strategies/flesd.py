@@ -36,7 +36,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from fedssl.codecs import Codec, Sharpened, num_anchors
 from fedssl.distill import Distillation
@@ -45,6 +44,7 @@ from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.arrays import read_array, to_record
 from fedssl.federation.client import DOWNLINKS, Broadcast, Client
 from fedssl.federation.embedding import check_embedding
+from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights, mean_weights
@@ -99,7 +99,7 @@ class FLESDClient:
         return make_target([content], self.ensemble, self.distillation.target_temperature, [1.0])
 
 
-class FLESD(Strategy):
+class FLESD(GlobalModels):
     """The server half.
 
     Args:
@@ -298,17 +298,6 @@ class FLESD(Strategy):
                 mean_cosine,
                 effective_rank,
             )
-
-    # --- evaluation ---
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Nothing to ask the clients: the server evaluates its students."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
 
     def summary(self) -> None:
         """Log what is exchanged and learned."""

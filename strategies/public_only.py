@@ -13,18 +13,18 @@ from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedssl.codecs import Codec, num_anchors
 from fedssl.distill import Distillation
+from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import model_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, image_passes
 
 log = logging.getLogger(__name__)
 
 
-class PublicOnly(Strategy):
+class PublicOnly(GlobalModels):
     """The server half; there is no other.
 
     Args:
@@ -102,16 +102,6 @@ class PublicOnly(Strategy):
             states[family] = model_state(model)
             metrics |= {f"{family}/{name}": value for name, value in trained.items()}
         return to_arrays(states), to_metrics(metrics)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Nothing to ask the clients."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state of every family, for a resume."""

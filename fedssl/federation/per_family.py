@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from jaxtyping import Float
 from torch import Tensor
 
 from fedssl.errors import ConfigError, PayloadError
+from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, load_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights
@@ -26,7 +26,7 @@ NUM_TRIED = 4  # public images that a model has to make finite numbers of
 LOST = "lost_rounds/"  # names in a strategy's state
 
 
-class WeightUploads(Strategy):
+class WeightUploads(GlobalModels):
     """Broadcasts each family's weights and checks the weights that come back; a subclass says what becomes of them."""
 
     def __init__(self, *, server: Server) -> None:
@@ -88,16 +88,6 @@ class WeightUploads(Strategy):
         """The model that a client sent, by parameter name."""
         prefix = f"{upload.header.family}/"
         return {name.removeprefix(prefix): torch.from_numpy(value.copy()) for name, value in upload.arrays.items()}
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Nothing to ask the clients: the server evaluates its own weights."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
-        return None
 
     def summary(self) -> None:
         """Nothing to log."""
