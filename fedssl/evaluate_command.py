@@ -164,6 +164,8 @@ def _check_store(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 
 def _check_out(out: Path, settings: Mapping[str, Any], *, replaces_any: bool) -> None:
     """Before minutes of work: that `out` can be written, and that nothing is replaced which its owner may want."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: give -o the name of a file, e.g. {out / 'evaluation.json'}.")
     if out.exists():
         before = _settings_of(out)
         if before is None:
@@ -192,13 +194,13 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, each with its value in the file and now."""
+    """The settings that differ, each with its value in the file and now; the file may be older than a setting."""
     from fedssl.report.runs import flatten
 
     old, new = flatten(before), flatten(json.loads(json.dumps(now)))
     return [
         f"evaluate.{key} was {_value(old, key)}, now {_value(new, key)}"
-        for key in dict.fromkeys((*old, *new))
+        for key in old
         if _value(old, key) != _value(new, key)
     ]
 

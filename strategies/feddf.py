@@ -110,6 +110,6 @@ class FedDF(Teachers):
         try:
             self.check_merged(family, mean)
         except PayloadError as error:
-            log.warning("%s starts from its weights as they were, the mean is of no use: %s", family, error)
+            log.warning("%s starts from its own weights, because no network works with the mean (%s)", family, error)
             return self.arrays
         return to_arrays({family: mean})

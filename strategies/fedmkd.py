@@ -161,7 +161,7 @@ class Integration(Method):
         s = F.normalize(model(x).float(), dim=1)
         with torch.no_grad():
             z = torch.stack([F.normalize(teacher(x).float(), dim=1) for teacher in self.teachers], dim=1)
-            z = torch.nan_to_num(z, nan=0)  # whoever overflows at this view says nothing of it
+            z = torch.nan_to_num(z, nan=0)  # of a teacher that overflows at this view, 0
         a = model.heads["attention"](s, z)
         t = (a[:, :, None] * z).sum(dim=1)
         distilled = momentum_contrast(t, s, state.queue, self.temperature)  # type: ignore[arg-type]

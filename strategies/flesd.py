@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
@@ -234,6 +235,7 @@ class FLESD(GlobalModels):
             if self.distillation.student_init == "fedavg_of_family":
                 weights = family_weights(upload)
                 check_weights(weights, family_arrays(self.arrays, family), family)
+                self.server.try_out(family, {k.split("/", 1)[1]: torch.tensor(v) for k, v in weights.items()})
                 payload = {name: value for name, value in payload.items() if name not in weights}
             content = self.codec.decode(payload, len(self.server.public_set.images))
             self.decoded[reply] = upload, content

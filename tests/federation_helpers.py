@@ -152,6 +152,8 @@ def lie(upload: Upload, action: str) -> Upload:
     elif action == "huge":  # each weight passes for one of a network, together they do not
         own = f"{header.family}/"
         arrays = {name: np.full_like(value, 9e9) if name.startswith(own) else value for name, value in arrays.items()}
+    elif action == "large":  # a network works with them in eval mode
+        arrays = {name: value if "running" in name else np.full_like(value, 900) for name, value in arrays.items()}
     elif action == "no weight":
         del metrics["num-examples"]
     elif action == "collapsed":

@@ -20,10 +20,10 @@ from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
 from fedssl.federation.arrays import to_record
-from fedssl.federation.client import OWN
+from fedssl.federation.client import MODELS
 from fedssl.federation.flower_compat import SERVER_NODE_ID, identify_process, make_context, stamp
 from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
-from fedssl.federation.server import image_passes
+from fedssl.federation.server import Server, image_passes
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
@@ -216,7 +216,7 @@ class Weights(Model):
 @pytest.fixture
 def fedavg(monkeypatch: pytest.MonkeyPatch) -> FedAvg:
     identify_process()
-    monkeypatch.setattr(FedAvg, "try_out", lambda self, family, state: None)
+    monkeypatch.setattr(Server, "try_out", lambda self, family, state: None)
     models = {"a": Weights(w=[0.0, 0.0], s=0.0), "b": Weights(w=[0.0, 0.0, 0.0])}
     setup = Setup(small(None, "strategy=fedavg"))
     families = {"families": ("a", "b"), "client_families": ("a", "b"), "report_family": "a"}
@@ -455,10 +455,10 @@ def test_local_only_sends_no_arrays_in_either_direction(tmp_path: Path) -> None:
         metrics = Upload.from_message(reply).metrics
         assert ("report_loss" in metrics) == (FAMILIES[partition % 3] != "conv4_4")
         memory = ClientStore(tmp_path / "clients").read(partition, before=2)
-        trained = {name.split("/")[1] for name in memory if name.startswith(OWN)}
+        trained = {name.split("/")[1] for name in memory if name.startswith(MODELS)}
         assert trained == {FAMILIES[partition % 3], "conv4_4"}
         initial = model_state(setup.build_model("conv4_4"))
-        assert any(not torch.equal(memory[f"{OWN}conv4_4/{name}"], value) for name, value in initial.items())
+        assert any(not torch.equal(memory[f"{MODELS}conv4_4/{name}"], value) for name, value in initial.items())
 
 
 @pytest.mark.parametrize(

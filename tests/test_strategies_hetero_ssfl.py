@@ -15,7 +15,7 @@ from fedssl.data.images import ImageSet
 from fedssl.ensemble import mean_kernel_factors
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
-from fedssl.federation.client import OWN
+from fedssl.federation.client import MODELS
 from fedssl.federation.embedding import embed, embed_batch
 from fedssl.federation.records import Upload, model_state
 from fedssl.federation.setup import Setup
@@ -220,8 +220,8 @@ def test_clients_keep_their_own_model_and_report_it_per_family(tmp_path: Path) -
         memory = ClientStore(tmp_path / "run" / "clients").read(partition, before=3)
         family = FAMILIES[partition % 3]
         initial = model_state(setup.build_model(family))
-        assert {"/".join(name.split("/")[:2]) for name in memory} == {f"{OWN}{family}"}
-        assert any(not torch.equal(memory[f"{OWN}{family}/{name}"], value) for name, value in initial.items())
+        assert {"/".join(name.split("/")[:2]) for name in memory} == {f"{MODELS}{family}"}
+        assert any(not torch.equal(memory[f"{MODELS}{family}/{name}"], value) for name, value in initial.items())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedssl.errors import ConfigError, PayloadError
+from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation import simulation
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import WeightUploads
@@ -145,6 +145,54 @@ def test_a_refused_upload_is_in_the_rounds_report(tmp_path: Path) -> None:
     reason = "the model makes NaN or infinity of public images"
     assert by_round[1]["failures"] == [{"partition": 3, "kind": "refused", "reason": reason}]
     assert [row["partition"] for row in rows(tmp_path / "run", "client") if row["round"] == 2] == [0, 1, 2]
+
+
+def test_heads_are_tried_out_too() -> None:
+    """A predictor travels, and the next round's clients would train with it."""
+    server = Setup(small(None, *BYOL)).server()
+    state = model_state(server.build_model("conv4_4"))
+    server.try_out("conv4_4", state)
+    state["heads.predictor.out.bias"] = torch.full_like(state["heads.predictor.out.bias"], math.inf)
+    with pytest.raises(PayloadError, match="the model makes NaN or infinity of public images"):
+        server.try_out("conv4_4", state)
+
+
+def test_weights_that_honest_training_brings_back_do_not_end_the_run(tmp_path: Path) -> None:
+    """They pass the check, and make batch norm's averages large in everybody's next round."""
+    overrides = ("strategy=fedavg", "federation.families=[conv4_4]", "federation.num_rounds=3")
+    simulation.run(sabotaged(small(tmp_path / "run", *overrides), "large", round_num=1, partitions=[3]))
+    by_round = [row["metrics"] for row in rows(tmp_path / "run", "round")]
+    assert [row["num_ok"] for row in by_round] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda merged: {name: value.double() for name, value in merged.items()}, "is float64"),
+        (lambda merged: dict(list(merged.items())[1:]), "its weights are not those of"),
+    ],
+)
+def test_a_merge_that_returns_something_else_is_an_error_that_names_the_strategy(
+    wrong: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a lost round: it would be lost for good."""
+    merge = FedAvg.merge
+    monkeypatch.setattr(FedAvg, "merge", lambda self, *args: wrong(merge(self, *args)))
+    _, server_half, _, replies = first_round(small(None, "strategy=fedavg"), tmp_path)
+    with pytest.raises(FedSSLError, match=f"FedAvg made something else than weights of conv4_4: .*{message}"):
+        server_half.aggregate_train(1, replies)
+
+
+def test_parameters_may_be_returned_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = FedAvg.merge
+    wrapped = lambda self, *args: {name: nn.Parameter(value) for name, value in merge(self, *args).items()}  # noqa: E731
+    _, server_half, _, replies = first_round(small(None, "strategy=fedavg"), tmp_path)
+    plain, _ = server_half.aggregate_train(1, replies)
+    monkeypatch.setattr(FedAvg, "merge", wrapped)
+    merged, _ = server_half.aggregate_train(1, replies)
+    assert plain is not None
+    assert merged is not None
+    assert_same(numpy_of(merged), numpy_of(plain))
 
 
 def test_means_of_no_use_lose_the_round_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 from fedssl.train import Optimisation, Penalty, train
 
 DOWNLINKS = ("weights", "similarity", "none")  # what clients receive
-OWN = "models/"  # of a client's own models in its memory; `method/` is what methods keep
+MODELS = "models/"  # of a client's own models in its memory; `method/` is what methods keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Client:
     def remember(self, model: Model, family: str) -> None:
         """Keep a copy of `model` for this client's next round, as the one of `family`."""
         state = model_state(model)
-        self.memory |= {f"{OWN}{family}/{name}": value.to("cpu", copy=True) for name, value in state.items()}
+        self.memory |= {f"{MODELS}{family}/{name}": value.to("cpu", copy=True) for name, value in state.items()}
 
     def weights(self, model: Model) -> dict[str, np.ndarray]:
         """All weights of a model of this client's family as they travel, by `<family>/<parameter>`."""
@@ -238,7 +238,7 @@ class Client:
 
 def own_model(memory: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     """The state of the model of `family` that a client remembers; empty if there is none."""
-    prefix = f"{OWN}{family}/"
+    prefix = f"{MODELS}{family}/"
     return {name.removeprefix(prefix): value for name, value in memory.items() if name.startswith(prefix)}
 
 

@@ -70,10 +70,9 @@ class FinishedRun:
 
     @cached_property
     def lost_memory(self) -> bool:
-        """Whether the folder of the clients' memory is not there, though the run's configuration says it had one."""
-        config = self.setup.config
-        keeps = (config["strategy"]["client"] or {}).get("downlink", "weights") != "weights"
-        return (keeps or config["client"].get("store") is not None) and not self.store.root.is_dir()
+        """Whether the folder of the clients' memory is not there, though they keep their models."""
+        downlink = (self.setup.config["strategy"]["client"] or {}).get("downlink", "weights")
+        return downlink != "weights" and not self.store.root.is_dir()
 
     @cached_property
     def unreplayable(self) -> str | None:

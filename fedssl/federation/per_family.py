@@ -3,26 +3,24 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from jaxtyping import Float
 from torch import Tensor
 
-from fedssl.errors import ConfigError, PayloadError
+from fedssl.errors import ConfigError, FedSSLError, PayloadError
+from fedssl.federation.arrays import read_array
 from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, load_state, to_arrays, to_metrics
-from fedssl.federation.server import Server, read_uploads
-from fedssl.federation.weights import check_weights
+from fedssl.federation.server import Server, check_finite, read_uploads
+from fedssl.federation.weights import check_fit, check_values, check_weights
 from fedssl.models import Model
 
 log = logging.getLogger(__name__)
 
-NUM_TRIED = 4  # public images that a model has to make finite numbers of
 LOST = "lost_rounds/"  # names in a strategy's state
 
 
@@ -31,8 +29,7 @@ class WeightUploads(GlobalModels):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
-        self.tried: WeakSet[Message] = WeakSet()
-        self.on_trial: dict[str, Model] = {}  # by family, for `try_out`
+        self.tried: WeakSet[Message] = WeakSet()  # replies whose models work
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -51,7 +48,7 @@ class WeightUploads(GlobalModels):
         self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
         if reply not in self.tried:  # our loop checks a reply before it aggregates it
-            self.try_out(family, self.state(upload))
+            self.server.try_out(family, self.state(upload))
             self.tried.add(reply)
         return upload
 
@@ -60,29 +57,18 @@ class WeightUploads(GlobalModels):
         check_weights(arrays, family_arrays(self.arrays, family), family)
 
     def check_merged(self, family: str, state: Mapping[str, Tensor]) -> None:
-        """Raise `PayloadError` unless a network can have these weights, by parameter name, and work with them."""
-        arrays = {f"{family}/{name}": value.numpy() for name, value in state.items()}
-        check_weights(arrays, family_arrays(self.arrays, family), family)
-        self.try_out(family, state)
+        """Raise `PayloadError` unless a network works with these weights of `family`, by parameter name.
 
-    def try_out(self, family: str, state: Mapping[str, Tensor]) -> None:
-        """Raise `PayloadError` unless a network with these weights makes finite numbers of some public images.
-
-        Weights that are finite one by one can overflow together, and a mean with them does too; a server's Adam that
-        has seen them stands still. It costs a small network a millisecond.
+        Raises:
+            FedSSLError: they are not weights of `family` at all.
         """
-        if family not in self.on_trial:
-            self.on_trial[family] = self.server.build_model(family).to(self.server.device).eval()
-        model = self.on_trial[family]
-        load_state(model, state)
-        with torch.no_grad():
-            features = model.backbone(self._some_images)
-            check_finite(torch.cat([features, model.projector(features)], dim=1))
-
-    @cached_property
-    def _some_images(self) -> Float[Tensor, "b 3 s s"]:
-        images = self.server.public_set.images
-        return self.server.views.plain(images.take(np.arange(min(len(images), NUM_TRIED))).to(self.server.device))
+        arrays = {name: read_array(name, array) for name, array in to_arrays({family: state}).items()}
+        try:
+            check_fit(arrays, family_arrays(self.arrays, family), family)
+        except PayloadError as error:
+            raise FedSSLError(f"{type(self).__name__} made something else than weights of {family}: {error}") from error
+        check_values(arrays)
+        self.server.try_out(family, state)
 
     def state(self, upload: Upload) -> dict[str, Tensor]:
         """The model that a client sent, by parameter name."""
@@ -91,12 +77,6 @@ class WeightUploads(GlobalModels):
 
     def summary(self) -> None:
         """Nothing to log."""
-
-
-def check_finite(outputs: Tensor) -> None:
-    """Raise `PayloadError` unless all numbers are."""
-    if not outputs.isfinite().all():
-        raise PayloadError("the model makes NaN or infinity of public images")
 
 
 class Teachers(WeightUploads):
@@ -129,7 +109,8 @@ class Teachers(WeightUploads):
 class PerFamily(WeightUploads):
     """Lets `merge` make new weights of a family's uploads.
 
-    Where they turn out to be of no use, the family keeps those it had: the round is lost for it, the run is not.
+    Where no network can work with them, the family keeps those it had: the round is lost for it, the run is not. What a
+    subclass adds to `state_dict`, `load_state_dict` and `notes` it adds to these.
 
     A family with one client is local training that passes through the server, and one without any learns nothing:
     `notes` names them and lost rounds, for the report.
@@ -169,21 +150,22 @@ class PerFamily(WeightUploads):
             before = states[family] = family_state(self.arrays, family)
             if not members:
                 continue
+            merged = self.merge(family, members, before)
             try:
-                merged = self.merge(family, members, before)
                 self.check_merged(family, merged)
-                states[family] = merged
-                self.accept(family)
             except PayloadError as error:
                 log.warning(
-                    "round %d: %s keeps its weights, what became of the uploads is of no use: %s. If the strategy has "
-                    "a learning rate of its own, lower it.",
+                    "round %d: %s keeps its weights, because no network works with the merged ones (%s). If the "
+                    "strategy has a learning rate of its own, lower it.",
                     server_round,
                     family,
                     error,
                 )
-                self.lost_rounds.setdefault(family, []).append(server_round)
+                self.lost_rounds[family] = sorted({*self.lost_rounds.get(family, []), server_round})
                 metrics[f"{family}/lost"] = 1.0
+            else:
+                states[family] = merged
+                self.accept(family)
         return to_arrays(states), to_metrics(metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -206,7 +188,7 @@ class PerFamily(WeightUploads):
             *(f"{family} has no client that trains: it learns nothing here" for family in untrained),
             *(
                 f"{family} kept its weights in {len(rounds)} of the rounds ({', '.join(map(str, rounds[:3]))}"
-                f"{', ...' if len(rounds) > 3 else ''}): what became of the uploads was of no use"
+                f"{', ...' if len(rounds) > 3 else ''}): no network works with what was merged"
                 for family, rounds in self.lost_rounds.items()
             ),
         ]

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -27,6 +29,8 @@ from fedssl.seeding import derive_seed, numpy_generator
 from fedssl.train import train
 
 log = logging.getLogger(__name__)
+
+NUM_TRIED = 4  # public images that a model has to make finite numbers of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,35 @@ class Server:
                 f"({self.public_set.fingerprint[:12]}): same images, order and transform are needed (public=)"
             )
 
+    def try_out(self, family: str, state: Mapping[str, Tensor]) -> None:
+        """Raise `PayloadError` unless a network with these weights makes finite numbers of some public images.
+
+        Weights that are finite one by one can overflow together, and so would a mean with them. A small network takes a
+        millisecond. In eval mode: what weights do to batch norm in training is not tried.
+
+        Args:
+            family: whose weights.
+            state: by parameter name, backbone, projector and heads.
+        """
+        if family not in self._on_trial:
+            self._on_trial[family] = self.build_model(family).to(self.device).eval()
+        model = self._on_trial[family]
+        load_state(model, state)
+        with torch.no_grad():
+            features = model.backbone(self._some_images)
+            projections = model.projector(features)
+            for outputs in (features, projections, *(head(projections) for head in model.heads.values())):
+                check_finite(outputs)
+
+    @cached_property
+    def _on_trial(self) -> dict[str, Model]:
+        return {}
+
+    @cached_property
+    def _some_images(self) -> Float[Tensor, "b 3 s s"]:
+        images = self.public_set.images
+        return self.views.plain(images.take(np.arange(min(len(images), NUM_TRIED))).to(self.device))
+
     def embed_public(self, model: Model, embedding: str) -> Float[Tensor, "n d"]:
         """As `Client.embed_public`."""
         images = self.public_set.images
@@ -199,6 +232,12 @@ class Server:
             amp=self.local.amp and self.device.type == "cuda",
             reference=reference,
         )
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Raise `PayloadError` unless all that a model makes of public images is."""
+    if not outputs.isfinite().all():
+        raise PayloadError("the model makes NaN or infinity of public images")
 
 
 def image_passes(num_images: int, batch_size: int, steps: int) -> int:

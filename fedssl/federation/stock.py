@@ -101,7 +101,7 @@ class Stock(PerFamily):
         self.metrics, self.client_reads = tuple(metrics), tuple(client_reads)
         self.trained = {family: _trained(server, family) for family in server.client_families}
         self.held = {f: Held(strategy=copy.deepcopy(strategy), returned=None) for f in server.client_families}
-        self.merged: dict[str, Held] = {}  # what they are if this round counts
+        self.next_held: dict[str, Held] = {}  # what they are if this round counts
         self.asked: dict[str, Asked] = {}
         identify_process()
         for family, most in self._most_replies().items():
@@ -164,13 +164,13 @@ class Stock(PerFamily):
                 f"{type(error).__name__}: {error}"
             ) from error
         if merged is None:
-            self.merged[family] = replace(self.held[family], strategy=strategy)
+            self.next_held[family] = replace(self.held[family], strategy=strategy)
             return before
         own = _only(self.arrays, names)
         sent = {name: value.astype(own[name].dtype) for name, value in merged.items() if name in own}
         rounded = any(merged[name].dtype != own[name].dtype for name in names)
         returned = to_record({name: merged[name] for name in names}) if rounded else None
-        self.merged[family] = Held(strategy=strategy, returned=returned)
+        self.next_held[family] = Held(strategy=strategy, returned=returned)
         shares = [upload.num_images for upload in uploads]
         statistics = [{k: v for k, v in upload.arrays.items() if k not in sent} for upload in uploads]
         return {
@@ -181,7 +181,7 @@ class Stock(PerFamily):
 
     def accept(self, family: str) -> None:
         """The round counts: where its weights are of no use, its strategy forgets it, too."""
-        self.held[family] = self.merged[family]
+        self.held[family] = self.next_held[family]
 
     def _given(self, family: str) -> ArrayRecord:
         """The family's trained weights, as exact as its strategy returned them."""
@@ -350,10 +350,14 @@ def combine(strategy: Strategy, round_num: int, answers: Sequence[Answer]) -> di
 
 @contextmanager
 def _little_to_collect() -> Iterator[None]:
-    """Inside, a garbage collection looks only at what was made inside.
+    """Inside, a garbage collection looks only at what was made inside, unless somebody has frozen objects before.
 
-    Bulyan and QFedAvg unpack replies by `to_numpy_ndarrays(keep_input=False)`, which asks for one a reply: 0.2 s each.
+    Bulyan and QFedAvg unpack replies by `to_numpy_ndarrays(keep_input=False)`, which asks for at least one a reply:
+    0.2 s each.
     """
+    if gc.get_freeze_count() > 0:
+        yield
+        return
     gc.freeze()
     try:
         yield

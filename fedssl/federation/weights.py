@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fedssl.errors import PayloadError
 
-LARGEST = 1e10  # of a weight: far beyond it a forward pass overflows, which would end everybody's run
+LARGEST = 1e10  # of a trained weight, so that a mean of them is finite; batch norm's averages follow what they get
 
 
 def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
-    """Refuse weights with other names, shapes or dtypes than the family's, or that no network can have.
+    """Refuse weights that do not fit the family's, or that no network can have.
 
     Args:
         arrays: what a client sent, by `<family>/<parameter>`.
@@ -21,17 +21,28 @@ def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, famil
         family: for the message.
 
     Raises:
-        PayloadError: names the first weight that does not fit.
+        PayloadError: names the first weight that is wrong.
     """
+    check_fit(arrays, expected, family)
+    check_values(arrays)
+
+
+def check_fit(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
+    """Names, shapes and dtypes; see `check_weights`."""
     if arrays.keys() != expected.keys():
         raise PayloadError(f"its weights are not those of {family}: {sorted(arrays.keys() ^ expected.keys())[:3]}")
     for name, value in arrays.items():
         own = expected[name]
         if (str(value.dtype), value.shape) != (own.dtype, tuple(own.shape)):
             raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
+
+
+def check_values(arrays: Mapping[str, np.ndarray]) -> None:
+    """Finite numbers, trained ones of at most `LARGEST`, no negative variance; see `check_weights`."""
+    for name, value in arrays.items():
         if not np.isfinite(value).all():
             raise PayloadError(f"weight {name!r} holds NaN or infinity")
-        if value.size and np.abs(value).max() > LARGEST:
+        if "running_" not in name and value.size and np.abs(value).max() > LARGEST:
             raise PayloadError(
                 f"weight {name!r} holds {np.abs(value).max():.3g}, no trained network has beyond {LARGEST:g}"
             )

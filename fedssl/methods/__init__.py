@@ -20,7 +20,7 @@ class Method(ABC):
     def heads(self, dim: int) -> dict[str, nn.Module]:
         """Further trained parts of the model by name, e.g. "predictor", for projections of width `dim`; here none.
 
-        Methods that share a name share the part, and must build it alike.
+        Each takes projections alone. Methods that share a name share the part, and must build it alike.
         """
         return {}
 
