@@ -389,6 +389,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if origin in (collections.abc.Sequence, list, tuple):
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is collections.abc.Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     if annotation is int:
@@ -413,6 +415,8 @@ def _in_words(annotation: Any) -> str:
         return " or ".join(_in_words(argument) for argument in arguments)
     if origin in (collections.abc.Sequence, list, tuple):
         return f"a list [...] of {_in_words(arguments[0]).removeprefix('a ').replace('number', 'numbers')}"
+    if origin is collections.abc.Mapping:
+        return f"a mapping {{name: {_in_words(arguments[1])}}}"
     return _WORDS.get(annotation, str(annotation))
 
 

@@ -22,6 +22,7 @@ def progressed(round_num: int, **changes: Any) -> Progressed:
             uplink_bytes=10,
             downlink_bytes=20,
             wall_seconds=1.5,
+            simulated_seconds=60.5,
             metrics_offset=99,
             server_row={"loss": 0.25, "uplink_bytes": 10},
             failed_rounds=[],

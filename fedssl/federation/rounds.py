@@ -6,7 +6,7 @@ reason; below `federation.min_replies` the run ends.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,10 +47,22 @@ class Gathered:
     failures: list[Failure] = field(default_factory=list)
     uplink_bytes: int = 0
     downlink_bytes: int = 0
+    simulated: dict[int, float] = field(default_factory=dict)  # seconds, by partition, of the replies that came
 
     def count(self, kind: str) -> int:
         """Number of failures of this kind."""
         return sum(failure.kind == kind for failure in self.failures)
+
+    @property
+    def unforeseen(self) -> list[Failure]:
+        """All failures but replies beyond the simulated deadline: those are part of the plan."""
+        return [f for f in self.failures if f.kind != "late" or f.partition not in self.simulated]
+
+    def simulated_wait(self, deadline_s: float | None) -> float:
+        """Simulated seconds until the last reply that was waited for; of clients that failed nobody knows theirs."""
+        if deadline_s is not None and self.count("late"):
+            return deadline_s
+        return max(self.simulated.values(), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +85,8 @@ def gather(
     check: Callable[[Message], Any],
     timeout: float | None,
     on_reply: Callable[[int, Message], None] = lambda partition, reply: None,
+    simulate: Callable[[Member, Message, Message], float] | None = None,
+    deadline_s: float | None = None,
 ) -> Gathered:
     """Send `messages`, wait for the replies, sort them by partition and name what is missing.
 
@@ -82,6 +96,8 @@ def gather(
         check: raises `PayloadError` for a reply that the strategy refuses.
         timeout: seconds; None waits as long as it takes.
         on_reply: called with partition and reply as they come.
+        simulate: client, message and reply -> the simulated seconds in between.
+        deadline_s: simulated seconds after which a reply is late; it was sent, so its bytes count.
     """
     messages = list(messages)
     gathered = Gathered()
@@ -91,13 +107,14 @@ def gather(
     deadline = None if timeout is None else time.monotonic() + timeout
     ids = list(grid.push_messages(messages))
     waiting = {
-        message_id: members[message.metadata.dst_node_id] for message_id, message in zip(ids, messages, strict=True)
+        message_id: (members[message.metadata.dst_node_id], message)
+        for message_id, message in zip(ids, messages, strict=True)
     }
     gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
     usable: dict[int, Message] = {}
     while waiting and (deadline is None or time.monotonic() < deadline):
         for reply in grid.pull_messages(list(waiting)):
-            member = waiting.pop(reply.metadata.reply_to_message_id)
+            member, sent = waiting.pop(reply.metadata.reply_to_message_id)
             partition = member.partition_id
             gathered.uplink_bytes += num_bytes(reply)
             on_reply(partition, reply)
@@ -106,6 +123,12 @@ def gather(
                 continue
             try:
                 _check_sender(reply, member)
+                if simulate is not None:
+                    seconds = gathered.simulated[partition] = simulate(member, sent, reply)
+                    if deadline_s is not None and seconds > deadline_s:
+                        reason = f"{seconds:.4g} simulated s, {deadline_s:g} are waited (federation.devices.deadline_s)"
+                        gathered.failures.append(Failure(partition=partition, kind="late", reason=reason))
+                        continue
                 check(reply)
             except PayloadError as error:
                 gathered.failures.append(Failure(partition=partition, kind="refused", reason=str(error)))
@@ -115,7 +138,7 @@ def gather(
         forget = getattr(grid, "forget", None)  # ours stop working for nobody; Flower's drop late replies themselves
         if forget is not None:
             forget(list(waiting))
-    for member in waiting.values():
+    for member, _ in waiting.values():
         reason = f"no reply within {timeout:g} s (federation.round_timeout)"
         gathered.failures.append(Failure(partition=member.partition_id, kind="late", reason=reason))
     for event in grid.pop_events() if hasattr(grid, "pop_events") else []:
@@ -184,6 +207,7 @@ class Rounds:
             uplink_bytes=0,
             downlink_bytes=0,
             wall_seconds=time.monotonic() - started,
+            simulated_seconds=0.0,
             metrics_offset=self.tracker.offset,
             server_row={},
             failed_rounds=[],
@@ -212,7 +236,9 @@ class Rounds:
     def one_round(self, state: State, round_num: int) -> State:
         """Broadcast, gather, aggregate, evaluate, checkpoint."""
         started = time.monotonic()
+        deadline_s = self.setup.federation.devices.deadline_s
         messages = list(self.strategy.configure_train(round_num, state.arrays, ConfigRecord(), self.grid))
+        seconds_asking = time.monotonic() - started  # some compute what they send
         self.progress.round_started(round_num, len(messages))
         gathered = gather(
             self.grid,
@@ -220,8 +246,10 @@ class Rounds:
             check=getattr(self.strategy, "check", lambda reply: None),
             timeout=self.setup.federation.round_timeout,
             on_reply=self._show_reply,
+            simulate=self.setup.simulated_seconds,
+            deadline_s=deadline_s,
         )
-        self._name_failures(round_num, gathered.failures)
+        self._name_failures(round_num, gathered.unforeseen)
         unevaluated: list[Failure] = []
         try:
             self._demand_replies(round_num, len(messages), gathered)
@@ -232,6 +260,8 @@ class Rounds:
             arrays, learned = self.strategy.aggregate_train(round_num, gathered.replies)
             state = replace(state, arrays=state.arrays if arrays is None else arrays)
             seconds["seconds_aggregation"] = time.monotonic() - aggregating
+            waited = gathered.simulated_wait(deadline_s)
+            seconds["simulated_seconds"] = seconds_asking + waited + seconds["seconds_aggregation"]
 
             self.progress.phase("evaluating")
             evaluating = time.monotonic()
@@ -244,7 +274,7 @@ class Rounds:
         finally:  # a round that ends the run has this row, too
             self._write_round_row(round_num, gathered, unevaluated)
 
-        self._write_client_rows(round_num, gathered.replies, client_metrics)
+        self._write_client_rows(round_num, gathered, client_metrics)
         seconds["seconds"] = time.monotonic() - started
         server_row = {
             **(dict(learned) if learned is not None else {}),
@@ -286,10 +316,18 @@ class Rounds:
         self.tracker.row(round_num, "round", row)
 
     def _demand_replies(self, round_num: int, num_messages: int, gathered: Gathered) -> None:
-        needed = self.setup.federation.min_replies
-        needed = -(-num_messages // 2) if needed is None else min(needed, num_messages)
+        federation = self.setup.federation
+        availability = federation.devices.availability
+        needed = -(-num_messages // 2) if federation.min_replies is None else min(federation.min_replies, num_messages)
+        if availability < 1 and self.setup.client_half is not None:  # those who are away make no round out of nothing
+            needed = max(1, needed) if federation.min_replies is None else federation.min_replies
         if len(gathered.replies) < needed:
             lines = [f"  partition {f.partition}: {f.kind}: {f.reason}" for f in gathered.failures]
+            if availability < 1:
+                lines.append(
+                    f"  {num_messages or 'no'} clients were there to be asked: raise federation.devices.availability="
+                    f"{availability:g} or federation.num_clients, or lower federation.min_replies (0 goes on with none)"
+                )
             raise TooFewRepliesError(
                 f"round {round_num} has {len(gathered.replies)} usable replies of {num_messages}, "
                 f"federation.min_replies asks for {needed}:\n" + "\n".join(lines)
@@ -343,12 +381,17 @@ class Rounds:
         return evaluation
 
     def _write_client_rows(
-        self, round_num: int, replies: Sequence[Message], client_metrics: Mapping[int, Mapping[str, float]]
+        self, round_num: int, gathered: Gathered, client_metrics: Mapping[int, Mapping[str, float]]
     ) -> None:
-        for reply in replies:
+        for reply in gathered.replies:
             upload = Upload.from_message(reply)
             partition = upload.header.partition_id
-            metrics = {**upload.metrics, "uplink_bytes": num_bytes(reply), **client_metrics.get(partition, {})}
+            metrics = {
+                **upload.metrics,
+                "uplink_bytes": num_bytes(reply),
+                "simulated_seconds": gathered.simulated[partition],
+                **client_metrics.get(partition, {}),
+            }
             self.tracker.row(round_num, "client", metrics, partition=partition, family=upload.header.family)
 
     def _keep(
@@ -367,9 +410,10 @@ class Rounds:
             uplink_bytes=before.uplink_bytes + gathered.uplink_bytes,
             downlink_bytes=before.downlink_bytes + gathered.downlink_bytes,
             wall_seconds=before.wall_seconds + server_row["seconds"],
+            simulated_seconds=before.simulated_seconds + server_row["simulated_seconds"],
             metrics_offset=self.tracker.offset,
             server_row=server_row,
-            failed_rounds=before.failed_rounds + ([round_num] if gathered.failures else []),
+            failed_rounds=before.failed_rounds + ([round_num] if gathered.unforeseen else []),
             evaluation=evaluation,
             global_model=global_model,
         )
@@ -391,6 +435,8 @@ class Rounds:
     ) -> dict[str, float | int | str]:
         reported = evaluation.get(self.setup.report_family, {})
         line: dict[str, float | int | str] = {"ok": f"{len(gathered.replies)}/{asked}"} if asked else {}
+        if late := gathered.count("late"):
+            line["late"] = late
         losses = [upload for reply in gathered.replies if (upload := _loss(reply)) is not None]
         if losses:
             line["client loss"] = sum(losses) / len(losses)

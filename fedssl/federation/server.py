@@ -20,6 +20,7 @@ from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Target
 from fedssl.errors import PayloadError
 from fedssl.federation.client import LocalTraining
+from fedssl.federation.devices import Devices
 from fedssl.federation.embedding import embed
 from fedssl.federation.records import Header, Upload, family_arrays, family_state, load_state, model_state, to_arrays
 from fedssl.federation.roster import Member, ask_roster
@@ -41,6 +42,7 @@ class Server:
         families: the architectures of the global models: the clients', then those of `federation.server_families`.
         client_families: the clients' alone, each once, in the order of `federation.families`.
         cohort_size: clients per round; None: all that train.
+        devices: whether clients can be asked in a round.
         num_trainers: clients that train at all.
         num_trainers_of: the same by family.
         build_model: family -> the run's initial model of that family, the same at every call.
@@ -51,6 +53,7 @@ class Server:
     seed: int
     num_rounds: int
     cohort_size: int | None
+    devices: Devices
     num_trainers: int
     num_trainers_of: Mapping[str, int]
     families: tuple[str, ...]
@@ -82,9 +85,12 @@ class Server:
         return model.to(self.device)
 
     def sample_cohort(self, round_num: int, grid: Grid) -> list[Member]:
-        """This round's clients: `cohort_size` distinct ones among those that train, in partition order."""
-        members = self.everyone(grid)
-        if self.cohort_size is None or self.cohort_size == len(members):
+        """This round's clients, in partition order: `cohort_size` distinct ones among those that train and are there.
+
+        Where fewer are there, all of them; maybe nobody.
+        """
+        members = [m for m in self.everyone(grid) if self.devices.available(self.seed, round_num, m.partition_id)]
+        if self.cohort_size is None or self.cohort_size >= len(members):
             return members
         rng = numpy_generator(self.seed, "cohort", round_num)
         chosen = rng.choice(len(members), size=self.cohort_size, replace=False)

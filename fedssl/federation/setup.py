@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import Message, MetricRecord
 
 from fedssl.config import check_values, instantiate
 from fedssl.data.federated import FederatedData, federate
@@ -20,7 +21,10 @@ from fedssl.data.views import Views
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Evaluation, Evaluator
 from fedssl.federation.client import DOWNLINKS, Client, LocalTraining
+from fedssl.federation.devices import Devices
 from fedssl.federation.embedding import check_embedding
+from fedssl.federation.records import num_bytes
+from fedssl.federation.roster import Member
 from fedssl.federation.server import Server
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim, num_parameters
@@ -41,6 +45,7 @@ class Federation:
     round_timeout: float | None  # seconds a round waits for its clients; None: as long as it takes
     keep_checkpoints: int
     server_threads: int  # torch threads of the server on the CPU; part of the result
+    devices: Devices
 
     def __post_init__(self) -> None:
         for name in ("num_clients", "num_rounds", "keep_checkpoints"):
@@ -115,6 +120,7 @@ class Setup:
                         f"federation.{key} names the architecture {family!r}; known are {', '.join(known)}. "
                         f"Add your own as +models.{family}._target_=mypackage.MyBackbone"
                     )
+        federation.devices.check_families(federation.families[: federation.num_clients], known)
         takes_part = (*federation.families, *federation.server_families)
         if federation.report_family and federation.report_family not in takes_part:
             raise ConfigError(
@@ -244,6 +250,22 @@ class Setup:
         positions = np.concatenate([data.partitions[p] for p in data.training_partitions])
         return self.train.subset(positions, name="union of the private data")
 
+    # --- devices ---
+    @cached_property
+    def stragglers(self) -> frozenset[int]:
+        """The clients that are slow in every round."""
+        return self.federation.devices.stragglers_among(self.seed, self.data.training_partitions)
+
+    def simulated_seconds(self, member: Member, sent: Message, reply: Message) -> float:
+        """How long this client would have taken to answer, see `Devices.seconds`."""
+        return self.federation.devices.seconds(
+            downlink_bytes=num_bytes(sent),
+            uplink_bytes=num_bytes(reply),
+            metrics=reply.content.metric_records.get("metrics", MetricRecord()),
+            family=member.family,
+            straggler=member.partition_id in self.stragglers,
+        )
+
     # --- models ---
     def family(self, partition_id: int) -> str:
         """The architecture that this client runs."""
@@ -330,6 +352,7 @@ class Setup:
             seed=self.seed,
             num_rounds=self.federation.num_rounds,
             cohort_size=self.federation.cohort_size,
+            devices=self.federation.devices,
             num_trainers=len(self.data.training_partitions),
             num_trainers_of=Counter(self.family(p) for p in self.data.training_partitions),
             families=self.families,
@@ -382,6 +405,11 @@ class Setup:
                 f"federation.min_replies={federation.min_replies}, but only {trainers} clients train: under "
                 f"public=client_shard partition 0 is the public set. Lower min_replies or raise "
                 f"num_clients={federation.num_clients}."
+            )
+        if (share := federation.devices.stragglers) > 0 and not self.stragglers:
+            raise ConfigError(
+                f"federation.devices.stragglers={share:g} of {trainers} clients is less than half a client, so there "
+                f"would be none: raise it, raise federation.num_clients, or set it to 0."
             )
         for partition_id in self.data.training_partitions:
             if (owned := len(self.data.partitions[partition_id])) < 2:

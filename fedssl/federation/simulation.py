@@ -331,6 +331,7 @@ def summarise(setup: Setup, strategy: Strategy, state: State, status: str) -> di
         "uplink_bytes": progressed.uplink_bytes,
         "downlink_bytes": progressed.downlink_bytes,
         "wall_seconds": progressed.wall_seconds,
+        "simulated_seconds": progressed.simulated_seconds,
     }
 
 
