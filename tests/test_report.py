@@ -16,8 +16,9 @@ import yaml
 
 from fedssl.errors import ConfigError, DataError
 from fedssl.report import compare, main, write_run_report
-from fedssl.report.comparison import Comparison, sort_runs
+from fedssl.report.comparison import Comparison
 from fedssl.report.runs import find_runs, tell_apart
+from fedssl.report.sections import sort_runs
 
 FAMILIES = ("conv4_16", "resnet8", "conv4_32")
 INITIAL = {"linear_top1": 0.51, "knn_top1": 0.41, "labels1_top1": 0.31, "labels1_top1_std": 0.05}
@@ -36,6 +37,8 @@ def make_run(
     failures: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,  # round -> failures
     config: Mapping[str, Any] | None = None,
     spread: float | None = None,  # of the clients' own models, where there is no global one
+    seconds: float = 20.0,  # a round, of which 5 are its evaluation
+    simulated: float | None = None,  # seconds a round
     data: str = "digits",
     classes: Sequence[str] = ("zero", "one", "two"),
 ) -> Path:
@@ -70,14 +73,20 @@ def make_run(
         failed = {f["partition"] for f in failures.get(round_num, ()) if f["kind"] != "worker_died"}
         for partition in range(5):
             if partition not in failed:
+                family = families[partition % len(families)]
                 metrics = {"loss": 4 / round_num + 0.1 * partition, "effective_rank": 3.0 + partition, "seconds": 0.5}
-                row(round_num, "client", metrics, partition, families[partition % len(families)])
+                for own in {family, families[0]} if spread is not None else ():  # half the spread apart
+                    worse = 0.01 * families.index(own) - (partition - 2) / 2 * (spread or 0.0)
+                    probed = at(round_num / num_rounds, worse)
+                    metrics |= {f"{own}/{name}": probed[name] for name in ("linear_top1", "knn_top1", "labels1_top1")}
+                row(round_num, "client", metrics, partition, family)
         counts = {"num_ok": 5 - len(failed), "num_failed": len(failed), "num_late": 0, "num_refused": 0}
         row(round_num, "round", counts | {"failures": list(failures.get(round_num, ()))})
         traffic = {"uplink_bytes": 5000, "downlink_bytes": 10000}
         learned = {f"{family}/{name}": 3 / round_num for family in families for name in ("loss", "target_entropy")}
-        seconds = {"seconds": 20.0, "seconds_clients": 12.5, "conv4_16/seconds": 3.0}
-        row(round_num, "server", traffic | learned | seconds)
+        phases = {"seconds": seconds, "seconds_clients": 12.5, "seconds_evaluation": 5.0, "conv4_16/seconds": 3.0}
+        modelled = {} if simulated is None else {"simulated_seconds": simulated}
+        row(round_num, "server", traffic | learned | phases | modelled)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     full = {
         "seed": seed,
@@ -103,6 +112,7 @@ def make_run(
             for i, family in enumerate(families)
         }
         summary |= {"uplink_bytes": 5000 * num_rounds, "downlink_bytes": 10000 * num_rounds, "wall_seconds": 75.0}
+        summary |= {} if simulated is None else {"simulated_seconds": simulated * num_rounds}
         (path / "summary.json").write_text(json.dumps(summary))
     return path
 
@@ -328,7 +338,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @words
 def test_means_over_seeds(sweep: Path, tmp_path: Path) -> None:
     compare([sweep], tmp_path)
-    lines = (tmp_path / "results.md").read_text().splitlines()
+    lines = (tmp_path / "results.md").read_text().partition("\n### ")[0].splitlines()
     means = {line.split(" | ")[0].lstrip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
     assert means["flesd"][1:3] == ["3", "0.980 ± 0.010"]
     assert means["fedavg"][1:3] == ["2", f"0.955 ± {math.sqrt(0.5) * 0.01:.3f}"]  # the sample's deviation

@@ -26,7 +26,7 @@ def principal_plane(features: Float[Tensor, "n d"]) -> Plane | None:
     """The first two principal components of standardised features; None where a feature is not finite.
 
     Nothing is drawn, and the sign that principal components leave open is fixed: the largest entry of each direction
-    is positive.
+    (the first of such) is positive.
 
     Args:
         features: of n > 1 images.
@@ -37,8 +37,8 @@ def principal_plane(features: Float[Tensor, "n d"]) -> Plane | None:
     left, singular, right = torch.linalg.svd(x, full_matrices=False)
     coordinates, shares = x.new_zeros(len(x), 2), x.new_zeros(2)
     for axis in range(min(2, len(singular))):
-        loadings = right[axis]
-        sign = loadings[loadings.abs().argmax()].sign()
+        size = right[axis].abs()
+        sign = right[axis, (size > 0.999 * size.max()).nonzero()[0]].sign()  # of equals up to rounding, the first
         coordinates[:, axis] = left[:, axis] * singular[axis] * sign
         shares[axis] = singular[axis].square() / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
     return Plane(coordinates=coordinates.float(), shares=shares.float())

@@ -20,7 +20,7 @@ from torch import nn
 
 from fedssl.config import check_values, instantiate
 from fedssl.errors import ConfigError
-from fedssl.evaluate import extract_features, principal_plane
+from fedssl.evaluate import Plane, extract_features, principal_plane
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.client_app import make_client_app
@@ -33,7 +33,6 @@ from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
-
 
 MAX_MAPPED = 1000  # public images on the map
 
@@ -363,22 +362,26 @@ def save_public_map(setup: Setup, arrays: ArrayRecord, path: Path) -> None:
     images = setup.labelled_public_images()
     images = images.subset(range(min(len(images), MAX_MAPPED)))
     model = setup.build_model(family)
-    planes = {}
+
+    def plane() -> Plane | None:
+        backbone = model.backbone.to(setup.device)
+        features = extract_features(backbone, images, setup.views, setup.evaluation.batch_size, setup.device)
+        return principal_plane(features)
+
     with torch_threads(setup.federation.server_threads):
-        for name in ("initial", "trained"):
-            if name == "trained":
-                load_state(model, state)
-            backbone = model.backbone.to(setup.device)
-            batch_size = setup.evaluation.batch_size
-            planes[name] = principal_plane(extract_features(backbone, images, setup.views, batch_size, setup.device))
-    if planes["initial"] is None or planes["trained"] is None:
+        initial = plane()
+        load_state(model, state)
+        trained = plane()
+    if initial is None or trained is None:
         return
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     with unfinished.open("wb") as file:
         np.savez_compressed(
             file,
-            **{name: plane.coordinates.numpy() for name, plane in planes.items()},
-            **{f"{name}_shares": plane.shares.numpy() for name, plane in planes.items()},
+            initial=initial.coordinates.numpy(),
+            initial_shares=initial.shares.numpy(),
+            trained=trained.coordinates.numpy(),
+            trained_shares=trained.shares.numpy(),
             labels=np.empty(0, np.int64) if images.labels is None else images.labels,
             classes=np.array(images.classes, dtype=np.str_),
             family=np.array(family),
