@@ -178,17 +178,20 @@ def cost_figure(
         curves: `x` is the cost so far; a point at cost 0 is not drawn on a logarithmic axis.
         ylabel: of the accuracy.
         xlabel: of the cost.
-        unit: "bytes" or "seconds".
+        unit: of the cost, "bytes" or "seconds"; seconds are shown as minutes or hours where there are many.
         colours: of `curves` and `free`.
         free: accuracies that cost nothing, drawn as dashed lines across.
     """
     free = free or {}
     ends = [curve.x[-1] for curve in curves.values()]
-    logarithmic = bool(ends) and max(ends) >= 20 * min(ends)
+    scale, said = 1.0, ""
+    if unit == "seconds":
+        scale, said = (1.0, "s") if max(ends) < 120 else (60.0, "min") if max(ends) < 7200 else (3600.0, "h")
+    logarithmic = max(ends) >= 20 * min(ends)
     figure, axes = _figure(height=2.5 + 0.2 * -(-(len(curves) + len(free)) // 2))
     for name, curve in curves.items():
         kept = [i for i, x in enumerate(curve.x) if x > 0 or not logarithmic]
-        x, y = [curve.x[i] for i in kept], [curve.y[i] for i in kept]
+        x, y = [curve.x[i] / scale for i in kept], [curve.y[i] for i in kept]
         axes.plot(x, y, "o-", color=colours[name], markersize=3, linewidth=1.6, label=_text(name))
         if curve.low is not None and curve.high is not None:
             low, high = [curve.low[i] for i in kept], [curve.high[i] for i in kept]
@@ -202,9 +205,8 @@ def cost_figure(
         axes.tick_params(which="minor", color=INK)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    say = {"bytes": human_bytes, "seconds": human_seconds}[unit]
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: say(value)))
-    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value) if not said else f"{value:g}"))
+    axes.set_xlabel(f"{xlabel}, {said}" if said else xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     _legend(figure, axes, columns=2)
@@ -265,13 +267,6 @@ def human_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.4g} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """ "0.5 s", "90 s", "5 min", "2.5 h": three significant digits."""
-    if seconds < 119.5:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7170 else f"{seconds / 3600:.3g} h"
 
 
 def png(figure: Figure) -> bytes:

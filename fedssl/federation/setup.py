@@ -227,8 +227,8 @@ class Setup:
         """The public images with the labels that their source has, if any: for evaluation, no strategy sees them."""
         if len(positions := self.data.public_positions):
             return self.train.subset(positions)
-        public: Dataset = instantiate(self.config["public"])
-        return public.labelled(self.seed)
+        public = instantiate(self.config["public"])
+        return public.labelled(self.seed) if isinstance(public, Dataset) else self.data.public_images
 
     @cached_property
     def probe_data(self) -> tuple[ImageSet, ImageSet]:

@@ -35,10 +35,10 @@ from fedssl.tracking import duration
 MAX_PARTITIONS = 6  # pictures a section
 MAX_MAPS = 9  # likewise
 MAX_POINTS = 500  # of a map; a point is a hundred bytes of the page
-COSTS = {  # column of a round -> unit, and what the picture calls it
-    "uplink_bytes": ("bytes", "uploaded bytes, all clients"),
-    "seconds": ("seconds", "measured time without evaluations"),
-    "simulated_seconds": ("seconds", "simulated time"),
+COSTS = {  # column of a round -> unit, the end of the caption, and what the axis is called
+    "uplink_bytes": ("bytes", "bytes uploaded", "uploaded by all clients"),
+    "seconds": ("seconds", "measured time", "measured, without evaluations"),
+    "simulated_seconds": ("seconds", "simulated time", "simulated"),
 }
 FIRST_COLUMNS = ("run_dir", "status", "strategy", "data", "seed", "rounds", "report_family", *METRICS)
 
@@ -259,14 +259,14 @@ def _cost_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture
     """The headline metric against each cost that is known."""
     name = next((name for name in HEADLINE if any(group.values(name) for group in section.groups)), HEADLINE[0])
     pictures = []
-    for cost, (unit, xlabel) in COSTS.items():
+    for cost, (unit, caption, xlabel) in COSTS.items():
         curves = {group.label: curve for group in section.groups if (curve := over_cost(group, name, cost)) is not None}
         free = {label: curve.y[-1] for label, curve in curves.items() if curve.x[-1] == 0}
         paid = {label: curve for label, curve in curves.items() if label not in free}
         if paid:
             ylabel = f"{METRICS[name]}, top-1"
             figure = cost_figure(paid, ylabel=ylabel, xlabel=xlabel, unit=unit, colours=colours, free=free)
-            pictures.append(Picture(f"{METRICS[name]}: against {xlabel}", figure))
+            pictures.append(Picture(f"{METRICS[name]}: against {caption}", figure))
     return pictures
 
 
