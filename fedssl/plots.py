@@ -197,7 +197,7 @@ def cost_figure(
             low, high = [curve.low[i] for i in kept], [curve.high[i] for i in kept]
             axes.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
     for name, value in free.items():
-        axes.axhline(value, color=colours[name], linestyle="--", linewidth=1.2, label=f"{_text(name)} (none)")
+        axes.axhline(value, color=colours[name], linestyle="--", linewidth=1.2, label=f"{_text(name)} (at no cost)")
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=6))

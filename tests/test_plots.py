@@ -91,7 +91,7 @@ def test_costs_of_one_order_are_drawn_as_they_are() -> None:
     np.testing.assert_array_equal(cheap.get_xydata(), [[0, 0.5], [100, 0.8]])
     np.testing.assert_array_equal(dear.get_xydata(), [[0, 0.5], [1900, 0.9]])
     assert list(np.asarray(free.get_ydata())) == [0.7, 0.7]
-    assert labels(figure) == ["cheap", "dear", "free (none)"]
+    assert labels(figure) == ["cheap", "dear", "free (at no cost)"]
     assert figure.axes[0].get_xscale() == "linear"
 
 

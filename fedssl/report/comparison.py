@@ -48,6 +48,7 @@ PAIRED_NOTE = (
     "the n differences, Student's t. It takes them to be about normal, and each row for the only one: of twenty rows "
     "without any effect one leaves out 0. A dash: fewer than two common seeds."
 )
+CHOSEN_NOTE = " The reference is the best on these very seeds, which flatters it; --against names another."
 SPREAD_NOTE = (
     "Mean ± standard deviation over the seeds; where clients keep their own models, of the mean client, and the small "
     "range is from the lowest to the highest client of any seed."
@@ -230,7 +231,7 @@ def _paired(section: Section, against: str | None) -> tuple[str, Table, str] | N
         ]
         kind = "control" if label in section.controls else ""
         table.rows.append(Row([label, "–".join(map(str, counts)) or "–", *cells], kind))
-    return f"Differences from {reference.label}, same seeds", table, PAIRED_NOTE
+    return f"Differences from {reference.label}, same seeds", table, PAIRED_NOTE + ("" if against else CHOSEN_NOTE)
 
 
 def _section_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
