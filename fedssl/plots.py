@@ -234,7 +234,7 @@ def map_figure(
         colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
         for label, name in enumerate(classes):
             axes.plot(*coordinates[labels == label].T, "o", color=colours[label], label=_text(name), **style)
-        _legend(figure, axes, columns=5)
+        _legend(figure, axes, columns=5, markerscale=1.6)
     else:
         axes.plot(*coordinates.T, "o", color=CYCLE[0], **style)
     axes.set_aspect("equal", adjustable="datalim")
@@ -307,11 +307,12 @@ def _figure(*, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, *, columns: int, markerscale: float = 1.0) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK,
         fontsize=8, handlelength=1.5, columnspacing=1.0, borderaxespad=0.2,
+        markerscale=markerscale,
     )  # fmt: skip
 
 
