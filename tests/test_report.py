@@ -562,6 +562,18 @@ def test_the_reference_may_be_chosen(
     assert against not in rows
 
 
+@words
+def test_a_section_without_the_reference_says_so(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+        make_run(tmp_path / "runs" / f"1{seed}", seed=seed, strategy="fedavg", data="cifar10")
+    comparison = compare([tmp_path / "runs"], tmp_path / "out", against="fedavg")
+    digits, cifar10 = comparison.summary().split("## cifar10")
+    assert "No run of fedavg is here to take differences from." in digits
+    assert "No run of fedavg" not in cifar10
+    assert "### Differences from fedavg, same seeds" in cifar10
+
+
 def test_colour_says_whether_the_interval_leaves_out_zero() -> None:
     trends = [Cell(text="", delta=0.1, interval=ends).trend for ends in ((-0.1, 0.3), (0.05, 0.15), (-0.3, -0.1))]
     assert trends == ["", "up", "down"]
@@ -695,7 +707,8 @@ def test_accuracy_against_what_was_spent(tmp_path: Path) -> None:
 def test_simulated_time_is_shown_where_there_is_one(tmp_path: Path) -> None:
     for seed, simulated in enumerate((60.0, 120.0)):
         make_run(tmp_path / "runs" / str(seed), seed=seed, simulated=simulated)
-    make_run(tmp_path / "runs" / "2", strategy="fedavg")
+    rows = make_run(tmp_path / "runs" / "2", strategy="fedavg") / "metrics.jsonl"
+    rows.write_text(rows.read_text().replace('"uplink_bytes": 5000', '"uplink_bytes": 5000, "simulated_seconds": null'))
     compare([tmp_path / "runs"], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<figcaption>linear: against simulated time</figcaption>" in page

@@ -103,7 +103,7 @@ class Comparison:
         """The sections' tables and warnings, as Markdown."""
         parts = []
         for section in self.sections:
-            parts += [f"## {section.title}", markdown(_section_table(section)), *_section_notes(section)]
+            parts += [f"## {section.title}", markdown(_section_table(section)), *_section_notes(section, self.against)]
             if warnings := caveats(section):
                 parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in warnings))
             if paired := _paired(section, self.against):
@@ -139,7 +139,7 @@ class Comparison:
                 {
                     "title": section.title,
                     "table": _section_table(section),
-                    "notes": _section_notes(section),
+                    "notes": _section_notes(section, self.against),
                     "warnings": caveats(section),
                     "paired": _paired(section, self.against),
                     "pictures": _section_pictures(section, colours),
@@ -201,10 +201,12 @@ def _mean_cell(group: Group, name: str) -> Cell:
     return Cell(text=mean_and_std(group.values(name)), span=span)
 
 
-def _section_notes(section: Section) -> list[str]:
+def _section_notes(section: Section, against: str | None) -> list[str]:
     notes = []
     if len(section.groups) > 1:
         notes.append(f"Compared: {', '.join(section.compared)}.")
+    if against is not None and section.reference(against) is None:
+        notes.append(f"No run of {against} is here to take differences from.")
     if section.recovered():
         notes.append(
             f"Gap recovered: ({METRICS[GAP_METRIC]} − {LOCAL}) / ({CENTRAL} − {LOCAL}) of the same seed and setting; "

@@ -186,7 +186,8 @@ class Run:
         """`uplink_bytes` or another sum over rounds; of an unfinished run, so far."""
         if isinstance(self.summary.get(name), int | float):
             return float(self.summary[name])
-        return float(self.server[name].sum()) if name in self.server else None
+        values = self.server[name].dropna() if name in self.server else ()
+        return float(sum(values)) if len(values) else None
 
     def client_values(self, family: str, name: str) -> dict[int, float]:
         """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
