@@ -642,14 +642,26 @@ def test_another_class_may_bring_other_settings(tmp_path: Path) -> None:
     assert [warning for warning in caveats(section) if "Not only" in warning] == []
 
 
+def test_a_strategys_own_setting_is_of_the_strategy(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(tmp_path / str(i), config={"strategy": {"_target_": "strategies.flesd.FLESD", "rate": i}})
+    (section,) = sections_of(tmp_path)
+    assert section.compared == ("strategy",)
+    assert not any("Not only" in warning for warning in caveats(section))
+
+
 def test_two_settings_at_once_are_a_warning(tmp_path: Path) -> None:
     for i in range(2):
         make_run(tmp_path / str(i), config={"client": {"batch_size": 8 + i}, "codec": {"dtype": f"fp{i}"}})
     (section,) = sections_of(tmp_path)
     who = "flesd (batch_size={0}, dtype=fp{1})".format
     assert caveats(section)[:2] == [
-        f"Not only strategy: client.batch_size is 8 in {who(8, 0)}; 9 in {who(9, 1)}.",
-        f"Not only strategy: codec.dtype is fp0 in {who(8, 0)}; fp1 in {who(9, 1)}.",
+        f"Not only the seed: client.batch_size is 8 in {who(8, 0)}; 9 in {who(9, 1)}.",
+        f"Not only the seed: codec.dtype is fp0 in {who(8, 0)}; fp1 in {who(9, 1)}.",
+    ]
+    (section,) = sections_of(tmp_path, "client.batch_size")
+    assert [w for w in caveats(section) if "Not only" in w] == [
+        f"Not only client.batch_size: codec.dtype is fp0 in {who(8, 0)}; fp1 in {who(9, 1)}."
     ]
 
 
@@ -662,8 +674,8 @@ def test_another_machine_or_commit_is_a_warning(tmp_path: Path) -> None:
     (silent / "manifest.json").write_text(json.dumps({"data": manifest["data"]}))
     (section,) = sections_of(tmp_path)
     assert caveats(section) == [
-        "Not only strategy: device is cpu in flesd (seed 0, 2); cuda in flesd (seed 1).",
-        "Not only strategy: git.commit (manifest) is abc0 in flesd (seed 0); abc1 in flesd (seed 1).",
+        "Not only the seed: device is cpu in flesd (seed 0, 2); cuda in flesd (seed 1).",
+        "Not only the seed: git.commit (manifest) is abc0 in flesd (seed 0); abc1 in flesd (seed 1).",
     ]
 
 

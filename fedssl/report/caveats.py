@@ -30,7 +30,7 @@ def _differences(section: Section) -> Iterator[str]:
         parts = [f"{_short(value)} in {_who(section, runs)}" for value, runs in list(values.items())[:MAX_NAMES]]
         if len(values) > MAX_NAMES:
             parts.append(f"{len(values) - MAX_NAMES} other values")
-        yield f"Not only {', '.join(section.compared)}: {name} is {'; '.join(parts)}."
+        yield f"Not only {', '.join(section.compared) or 'the seed'}: {name} is {'; '.join(parts)}."
     if rest := [name for name, _, _ in found[MAX_KEYS:]]:
         yield f"And {plural(len(rest), 'more setting')}: {', '.join(rest)}."
 

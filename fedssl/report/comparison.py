@@ -204,7 +204,8 @@ def _mean_cell(group: Group, name: str) -> Cell:
 def _section_notes(section: Section, against: str | None) -> list[str]:
     notes = []
     if len(section.groups) > 1:
-        notes.append(f"Compared: {', '.join(section.compared)}.")
+        several = "several settings at once; --compare names those that are meant"
+        notes.append(f"Compared: {', '.join(section.compared) or several}.")
     if against is not None and section.reference(against) is None:
         notes.append(f"No run of {against} is here to take differences from.")
     if section.recovered():

@@ -48,7 +48,7 @@ class Section:
         title: data, family, and what sets it apart from other sections.
         groups: the best first.
         controls: random init and raw pixels -> metric -> a value for each seed.
-        compared: the settings that are compared; others that differ are warned of.
+        compared: the settings that are compared, none where none stands out; others that differ are warned of.
     """
 
     title: str
@@ -107,7 +107,7 @@ def sort_runs(runs: Sequence[Run], compare: Sequence[str] = ()) -> list[Section]
     Args:
         runs: all of them.
         compare: the settings that are meant to differ, each a dotted key or the beginning of some; none: the strategy,
-            or where all runs of a section have the same, the one other setting (or group) that differs.
+            or where all runs of a section have the same, the one other setting (or group) that differs, if it is one.
 
     Raises:
         ConfigError: no run has such a key.
@@ -144,13 +144,14 @@ def sort_runs(runs: Sequence[Run], compare: Sequence[str] = ()) -> list[Section]
 
 
 def _compared(runs: Sequence[Run]) -> tuple[str, ...]:
-    if len({run.strategy for run in runs}) > 1:
+    keys = varying([run.choices for run in runs])
+    others = [key for key in keys if not covers(["strategy"], key)]
+    if len({run.strategy for run in runs}) > 1 or (keys and not others):
         return ("strategy",)
-    keys = [key for key in varying([run.choices for run in runs]) if not covers(["strategy"], key)]
-    groups = {key.split(".")[0] for key in keys}
-    if len(keys) > 1 and len(groups) == 1 and f"{keys[0].split('.')[0]}._target_" in keys:
+    groups = {key.split(".")[0] for key in others}
+    if len(groups) == 1 and f"{min(groups)}._target_" in others:
         return tuple(groups)  # another codec has other keys as well
-    return tuple(keys) if len(keys) == 1 else ("strategy",)
+    return tuple(others) if len(others) == 1 else ()
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
