@@ -1,4 +1,4 @@
-"""The pictures of the reports: partitions, curves, dots and bytes.
+"""The pictures of the reports: partitions, curves, dots, costs, bytes and maps.
 
 Figures are built without pyplot, so nothing global changes and no window opens. `svg` returns markup that takes its
 text colour from the page, light or dark; `png` is for files. Figures are small (a narrow screen's width) on purpose:
@@ -15,10 +15,10 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK = "#0a0b0c"  # text and axes; `svg` turns it into the page's own colour, and nothing else may use it
 CYCLE = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#d6a62b", "#9d755d", "#ff9da6", "#8c8c8c")
@@ -163,6 +163,87 @@ def dots_figure(
     return figure
 
 
+def cost_figure(
+    curves: Mapping[str, Curve],
+    *,
+    ylabel: str,
+    xlabel: str,
+    unit: str,
+    colours: Mapping[str, str],
+    free: Mapping[str, float] | None = None,
+) -> Figure:
+    """Accuracy against what was spent for it; logarithmic where one curve ends at 20 times the cost of another.
+
+    Args:
+        curves: `x` is the cost so far; a point at cost 0 is not drawn on a logarithmic axis.
+        ylabel: of the accuracy.
+        xlabel: of the cost.
+        unit: of the cost, "bytes" or "seconds"; seconds are shown as minutes or hours where there are many.
+        colours: of `curves` and `free`.
+        free: accuracies that cost nothing, drawn as dashed lines across.
+    """
+    free = free or {}
+    ends = [curve.x[-1] for curve in curves.values()]
+    scale, said = 1.0, ""
+    if unit == "seconds":
+        scale, said = (1.0, "s") if max(ends) < 120 else (60.0, "min") if max(ends) < 7200 else (3600.0, "h")
+    logarithmic = max(ends) >= 20 * min(ends)
+    figure, axes = _figure(height=2.5 + 0.2 * -(-(len(curves) + len(free)) // 2))
+    for name, curve in curves.items():
+        kept = [i for i, x in enumerate(curve.x) if x > 0 or not logarithmic]
+        x, y = [curve.x[i] / scale for i in kept], [curve.y[i] for i in kept]
+        axes.plot(x, y, "o-", color=colours[name], markersize=3, linewidth=1.6, label=_text(name))
+        if curve.low is not None and curve.high is not None:
+            low, high = [curve.low[i] for i in kept], [curve.high[i] for i in kept]
+            axes.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
+    for name, value in free.items():
+        axes.axhline(value, color=colours[name], linestyle="--", linewidth=1.2, label=f"{_text(name)} (at no cost)")
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(which="minor", color=INK)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value) if not said else f"{value:g}"))
+    axes.set_xlabel(f"{xlabel}, {said}" if said else xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    _legend(figure, axes, columns=2)
+    return figure
+
+
+def map_figure(
+    coordinates: Float[np.ndarray, "n 2"],
+    shares: Float[np.ndarray, " 2"],
+    labels: Integer[np.ndarray, " _"],
+    classes: Sequence[str],
+) -> Figure:
+    """Points in two dimensions, one scale on both axes; a colour a class where that many can be told apart.
+
+    Args:
+        coordinates: of each point.
+        shares: of the variance along each axis.
+        labels: of each point, or empty.
+        classes: their names.
+    """
+    coloured = len(labels) > 0 and len(classes) <= MAX_COLOURS
+    figure, axes = _figure(height=3.5 + (0.2 * -(-len(classes) // 5) if coloured else 0))
+    style: dict[str, Any] = {"markersize": 3.5, "markeredgewidth": 0, "alpha": 0.75}
+    if coloured:
+        colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+        for label, name in enumerate(classes):
+            axes.plot(*coordinates[labels == label].T, "o", color=colours[label], label=_text(name), **style)
+        _legend(figure, axes, columns=5, markerscale=1.6)
+    else:
+        axes.plot(*coordinates.T, "o", color=CYCLE[0], **style)
+    axes.set_aspect("equal", adjustable="datalim")
+    for axis, name, share in zip((axes.xaxis, axes.yaxis), ("first", "second"), shares, strict=True):
+        axis.set_ticks([])
+        axis.set_label_text(f"{name} component, {share:.0%} of the variance")
+    return figure
+
+
 def bytes_figure(rounds: Sequence[int], uplink: Sequence[float], downlink: Sequence[float]) -> Figure:
     """Bytes a round, all clients together: uploads upwards, broadcasts downwards from zero."""
     figure, axes = _figure(height=2.7)
@@ -226,11 +307,12 @@ def _figure(*, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, *, columns: int, markerscale: float = 1.0) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK,
         fontsize=8, handlelength=1.5, columnspacing=1.0, borderaxespad=0.2,
+        markerscale=markerscale,
     )  # fmt: skip
 
 

@@ -12,10 +12,12 @@ from fedssl.plots import (
     INK,
     Curve,
     bytes_figure,
+    cost_figure,
     curves_figure,
     dots_figure,
     draw_partition,
     human_bytes,
+    map_figure,
     palette,
     partition_figure,
     png,
@@ -79,6 +81,65 @@ def test_a_far_control_is_named_instead_of_drawn() -> None:
     assert figure.axes[0].get_xlim()[0] > 0.5
 
 
+COLOURS = palette(["cheap", "dear", "free"])
+
+
+def test_costs_of_one_order_are_drawn_as_they_are() -> None:
+    curves = {"cheap": Curve(x=[0, 100], y=[0.5, 0.8]), "dear": Curve(x=[0, 1900], y=[0.5, 0.9])}
+    figure = cost_figure(curves, ylabel="linear", xlabel="sent", unit="bytes", colours=COLOURS, free={"free": 0.7})
+    cheap, dear, free = figure.axes[0].lines
+    np.testing.assert_array_equal(cheap.get_xydata(), [[0, 0.5], [100, 0.8]])
+    np.testing.assert_array_equal(dear.get_xydata(), [[0, 0.5], [1900, 0.9]])
+    assert list(np.asarray(free.get_ydata())) == [0.7, 0.7]
+    assert labels(figure) == ["cheap", "dear", "free (at no cost)"]
+    assert figure.axes[0].get_xscale() == "linear"
+
+
+def test_costs_of_several_orders_have_a_logarithmic_axis_without_zero() -> None:
+    band = Curve(x=[0, 1000, 2000], y=[0.5, 0.6, 0.9], low=[0.4, 0.5, 0.8], high=[0.6, 0.7, 1.0])
+    curves = {"cheap": Curve(x=[0, 100], y=[0.5, 0.8]), "dear": band}
+    axes = cost_figure(curves, ylabel="linear", xlabel="sent", unit="bytes", colours=COLOURS).axes[0]
+    cheap, dear = axes.lines
+    np.testing.assert_array_equal(cheap.get_xydata(), [[100, 0.8]])
+    np.testing.assert_array_equal(dear.get_xydata(), [[1000, 0.6], [2000, 0.9]])
+    assert axes.get_xscale() == "log"
+    assert np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 0].min() == 1000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "x", "label"), [(90, 90, "spent, s"), (600, 10, "spent, min"), (9000, 2.5, "spent, h")]
+)
+def test_time_is_in_units_that_suit_it(seconds: float, x: float, label: str) -> None:
+    curve = Curve(x=[0, seconds], y=[0, 1])
+    axes = cost_figure({"cheap": curve}, ylabel="y", xlabel="spent", unit="seconds", colours=COLOURS).axes[0]
+    assert np.asarray(axes.lines[0].get_xdata())[-1] == x
+    assert axes.get_xlabel() == label
+
+
+POINTS, SHARES = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]), np.array([0.6, 0.25])
+
+
+def test_a_map_has_a_colour_for_each_class() -> None:
+    figure = map_figure(POINTS, SHARES, np.array([1, 0, 1]), ("zero", "one"))
+    zero, one = figure.axes[0].lines
+    np.testing.assert_array_equal(zero.get_xydata(), [[2, 3]])
+    np.testing.assert_array_equal(one.get_xydata(), [[0, 1], [4, 5]])
+    assert zero.get_color() != one.get_color()
+    assert labels(figure) == ["zero", "one"]
+    assert figure.axes[0].get_xlabel() == "first component, 60% of the variance"
+    assert figure.axes[0].get_ylabel() == "second component, 25% of the variance"
+
+
+@pytest.mark.parametrize(
+    ("of", "classes"), [(np.empty(0, np.int64), ()), (np.array([0, 1, 99]), tuple(map(str, range(100))))]
+)
+def test_a_map_without_labels_or_with_too_many_classes_has_one_colour(of: np.ndarray, classes: tuple[str, ...]) -> None:
+    figure = map_figure(POINTS, SHARES, of, classes)
+    (line,) = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), POINTS)
+    assert not figure.legends
+
+
 def test_bytes_go_up_and_down() -> None:
     up, down = bytes_figure([1, 2], [5.0, 6.0], [10.0, 0.0]).axes[0].containers
     assert isinstance(up, BarContainer)
@@ -107,6 +168,8 @@ def test_any_name_can_be_drawn_as_it_is(name: str) -> None:
         partition_figure(COUNTS, ("zero", "one", name)),
         curves_figure({name: Curve(x=[0, 1], y=[0, 1])}, ylabel="y", controls={name + " ": 0.5}),
         dots_figure({name: [0.5]}, xlabel="x"),
+        cost_figure({name: Curve(x=[0, 1], y=[0, 1])}, ylabel="y", xlabel="x", unit="bytes", colours=palette([name])),
+        map_figure(POINTS, SHARES, np.array([0, 0, 0]), (name,)),
     ):
         assert name[:39] in re.sub(r"<[^>]*>", "", svg(figure))
 

@@ -115,6 +115,17 @@ def test_another_data_set_leaves_all_private_images_to_the_clients() -> None:
     assert set(public.images(4).indices) != set(public.images(3).indices)
 
 
+def test_labels_of_another_data_set_are_for_evaluation() -> None:
+    public, source = Dataset(source=Toy(), size=12), Toy().load("train")
+    images, labelled = public.images(3), public.labelled(3)
+    assert images.labels is None
+    assert images.classes == ()
+    np.testing.assert_array_equal(labelled.indices, images.indices)
+    assert source.labels is not None
+    np.testing.assert_array_equal(labelled.labels, source.labels[images.indices])
+    assert labelled.classes == source.classes
+
+
 def test_another_data_set_must_fit() -> None:
     with pytest.raises(ConfigError, match=r"public.size=31 is more than the 30 images of other/train"):
         federate(make_images(40), partition=IID(), public=Dataset(source=Toy(), size=31), num_clients=4, seed=0)

@@ -16,8 +16,13 @@ import yaml
 
 from fedssl.errors import ConfigError, DataError
 from fedssl.report import compare, main, write_run_report
-from fedssl.report.comparison import Comparison, sort_runs
+from fedssl.report.caveats import caveats
+from fedssl.report.comparison import Comparison
+from fedssl.report.curves import over_cost
+from fedssl.report.pages import Cell
 from fedssl.report.runs import find_runs, tell_apart
+from fedssl.report.sections import Section, sort_runs
+from fedssl.report.spread import spread_table
 
 FAMILIES = ("conv4_16", "resnet8", "conv4_32")
 INITIAL = {"linear_top1": 0.51, "knn_top1": 0.41, "labels1_top1": 0.31, "labels1_top1_std": 0.05}
@@ -36,6 +41,8 @@ def make_run(
     failures: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,  # round -> failures
     config: Mapping[str, Any] | None = None,
     spread: float | None = None,  # of the clients' own models, where there is no global one
+    seconds: float = 20.0,  # a round, of which 5 are its evaluation
+    simulated: float | None = None,  # seconds a round
     data: str = "digits",
     classes: Sequence[str] = ("zero", "one", "two"),
 ) -> Path:
@@ -70,14 +77,20 @@ def make_run(
         failed = {f["partition"] for f in failures.get(round_num, ()) if f["kind"] != "worker_died"}
         for partition in range(5):
             if partition not in failed:
+                family = families[partition % len(families)]
                 metrics = {"loss": 4 / round_num + 0.1 * partition, "effective_rank": 3.0 + partition, "seconds": 0.5}
-                row(round_num, "client", metrics, partition, families[partition % len(families)])
+                for own in {family, families[0]} if spread is not None else ():  # half the spread apart
+                    worse = 0.01 * families.index(own) - (partition - 2) / 2 * (spread or 0.0)
+                    probed = at(round_num / num_rounds, worse)
+                    metrics |= {f"{own}/{name}": probed[name] for name in ("linear_top1", "knn_top1", "labels1_top1")}
+                row(round_num, "client", metrics, partition, family)
         counts = {"num_ok": 5 - len(failed), "num_failed": len(failed), "num_late": 0, "num_refused": 0}
         row(round_num, "round", counts | {"failures": list(failures.get(round_num, ()))})
         traffic = {"uplink_bytes": 5000, "downlink_bytes": 10000}
         learned = {f"{family}/{name}": 3 / round_num for family in families for name in ("loss", "target_entropy")}
-        seconds = {"seconds": 20.0, "seconds_clients": 12.5, "conv4_16/seconds": 3.0}
-        row(round_num, "server", traffic | learned | seconds)
+        phases = {"seconds": seconds, "seconds_clients": 12.5, "seconds_evaluation": 5.0, "conv4_16/seconds": 3.0}
+        modelled = {} if simulated is None else {"simulated_seconds": simulated}
+        row(round_num, "server", traffic | learned | phases | modelled)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     full = {
         "seed": seed,
@@ -103,6 +116,7 @@ def make_run(
             for i, family in enumerate(families)
         }
         summary |= {"uplink_bytes": 5000 * num_rounds, "downlink_bytes": 10000 * num_rounds, "wall_seconds": 75.0}
+        summary |= {} if simulated is None else {"simulated_seconds": simulated * num_rounds}
         (path / "summary.json").write_text(json.dumps(summary))
     return path
 
@@ -328,7 +342,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @words
 def test_means_over_seeds(sweep: Path, tmp_path: Path) -> None:
     compare([sweep], tmp_path)
-    lines = (tmp_path / "results.md").read_text().splitlines()
+    lines = (tmp_path / "results.md").read_text().partition("\n### ")[0].splitlines()
     means = {line.split(" | ")[0].lstrip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
     assert means["flesd"][1:3] == ["3", "0.980 ± 0.010"]
     assert means["fedavg"][1:3] == ["2", f"0.955 ± {math.sqrt(0.5) * 0.01:.3f}"]  # the sample's deviation
@@ -507,3 +521,292 @@ def test_tell_apart(settings: list[dict[str, str]], notes: list[str]) -> None:
 def test_the_command_does_not_import_torch() -> None:
     code = "import sys, fedssl.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- what a sceptical reader asks of a comparison
+
+
+def sections_of(root: Path, *compared: str) -> list[Section]:
+    return sort_runs(find_runs([root])[0], compared)
+
+
+def rows_of(text: str, title: str) -> dict[str, list[str]]:
+    """The table under a title of results.md: first cell -> the others."""
+    lines = text[text.index(title) :].split("\n\n")[1].splitlines()
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+
+
+@words
+def test_paired_differences_are_from_the_best_group(sweep: Path, tmp_path: Path) -> None:
+    """fedavg is 0.02 below flesd on both seeds that it has; local_only has one seed in common with it."""
+    compare([sweep], tmp_path)
+    rows = rows_of((tmp_path / "results.md").read_text(), "### Differences from flesd, same seeds")
+    assert rows["fedavg"] == ["2", *["−0.020 (−0.020 to −0.020)"] * 3]
+    assert rows["local_only"] == rows["placebo"] == ["–"] * 4
+    half = 4.30265 * 0.01 / math.sqrt(3)  # random init is the same on all seeds: flesd's own spread remains
+    assert rows["random init"][:2] == ["3", f"−0.470 (−{0.47 + half:.3f} to −{0.47 - half:.3f})"]
+    seen = texts((tmp_path / "report.html").read_text())
+    assert "fedavg 2 −0.020 −0.020 to −0.020" in seen
+
+
+@words
+@pytest.mark.parametrize("against", ["fedavg", "flesd"])
+def test_the_reference_may_be_chosen(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], against: str
+) -> None:
+    assert main([str(sweep), "-o", str(tmp_path), "--against", against]) == 0
+    other = {"fedavg": "flesd", "flesd": "fedavg"}[against]
+    rows = rows_of(capsys.readouterr().out, f"### Differences from {against}, same seeds")
+    sign = {"fedavg": "+", "flesd": "−"}[against]
+    assert rows[other][1] == f"{sign}0.020 ({sign}0.020 to {sign}0.020)"
+    assert against not in rows
+
+
+@words
+def test_a_section_without_the_reference_says_so(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+        make_run(tmp_path / "runs" / f"1{seed}", seed=seed, strategy="fedavg", data="cifar10")
+    comparison = compare([tmp_path / "runs"], tmp_path / "out", against="fedavg")
+    digits, cifar10 = comparison.summary().split("## cifar10")
+    assert "No run of fedavg is here to take differences from." in digits
+    assert "No run of fedavg" not in cifar10
+    assert "### Differences from fedavg, same seeds" in cifar10
+
+
+def test_colour_says_whether_the_interval_leaves_out_zero() -> None:
+    trends = [Cell(text="", delta=0.1, interval=ends).trend for ends in ((-0.1, 0.3), (0.05, 0.15), (-0.3, -0.1))]
+    assert trends == ["", "up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--against", "fedprox"], "--against fedprox: no run is of it. Choose one of: flesd; fedavg"),
+        (["--compare", "strategy,lokal.epochs"], "--compare lokal.epochs: no run has such a setting"),
+    ],
+)
+def test_a_group_or_key_that_no_run_has_is_refused(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], message: str
+) -> None:
+    assert main([str(sweep), "-o", str(tmp_path / "out"), *option]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@words
+def test_missing_seeds_and_unfinished_runs_are_named(sweep: Path, tmp_path: Path) -> None:
+    compare([sweep], tmp_path)
+    for text in ((tmp_path / "results.md").read_text(), texts((tmp_path / "report.html").read_text())):
+        assert "fedavg has no run of seed 2." in text
+        assert "local_only has no run of seed 1, 2." in text
+        assert f"placebo, seed 0: stopped after round 3 ({sweep / '11'})" in text
+        assert f"centralized, seed 0: unfinished after round 3 ({sweep / '12'})" in text
+        assert "flesd has no run" not in text
+        assert "Not only" not in text
+
+
+def epochs(num: int) -> dict[str, Any]:
+    """A configuration as it is saved: the strategy's YAML repeats the client's epochs."""
+    strategy = {"_target_": "strategies.flesd.FLESD", "client": {"local_epochs": num}}
+    return {"client": {"local_epochs": num}, "strategy": strategy}
+
+
+def test_a_setting_that_differs_beside_the_strategy_is_a_warning(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", config={"client": {"local_epochs": 1}})
+    make_run(tmp_path / "1", seed=1, config={"client": {"local_epochs": 1}})
+    make_run(tmp_path / "2", strategy="fedavg", config={"client": {"local_epochs": 5}})
+    (section,) = sections_of(tmp_path)
+    assert section.compared == ("strategy",)
+    assert caveats(section)[0] == "Not only strategy: client.local_epochs is 1 in flesd; 5 in fedavg."
+    (section,) = sections_of(tmp_path, "strategy", "client")
+    assert not any("Not only" in warning for warning in caveats(section))
+
+
+def test_a_sweep_over_one_setting_compares_that_setting(tmp_path: Path) -> None:
+    for i, num in enumerate((1, 1, 2, 2)):
+        make_run(tmp_path / str(i), seed=i % 2, config=epochs(num), linear=0.9 - num / 100)
+    (section,) = sections_of(tmp_path)
+    assert section.compared == ("client.local_epochs",)
+    assert [group.label for group in section.groups] == ["flesd (local_epochs=1)", "flesd (local_epochs=2)"]
+    assert caveats(section) == []
+    assert section.reference("flesd") is section.groups[0]  # the better of its two
+    assert section.reference("flesd (local_epochs=2)") is section.groups[1]
+
+
+def test_another_class_may_bring_other_settings(tmp_path: Path) -> None:
+    for i, codec in enumerate(({"_target_": "c.Dense"}, {"_target_": "c.TopK", "k": 3})):
+        make_run(tmp_path / str(i), config={"codec": codec})
+    (section,) = sections_of(tmp_path)
+    assert section.compared == ("codec",)
+    assert [warning for warning in caveats(section) if "Not only" in warning] == []
+
+
+def test_a_strategys_own_setting_is_of_the_strategy(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(tmp_path / str(i), config={"strategy": {"_target_": "strategies.flesd.FLESD", "rate": i}})
+    (section,) = sections_of(tmp_path)
+    assert section.compared == ("strategy",)
+    assert not any("Not only" in warning for warning in caveats(section))
+
+
+def test_two_settings_at_once_are_a_warning(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(tmp_path / str(i), config={"client": {"batch_size": 8 + i}, "codec": {"dtype": f"fp{i}"}})
+    (section,) = sections_of(tmp_path)
+    who = "flesd (batch_size={0}, dtype=fp{1})".format
+    assert caveats(section)[:2] == [
+        f"Not only the seed: client.batch_size is 8 in {who(8, 0)}; 9 in {who(9, 1)}.",
+        f"Not only the seed: codec.dtype is fp0 in {who(8, 0)}; fp1 in {who(9, 1)}.",
+    ]
+    (section,) = sections_of(tmp_path, "client.batch_size")
+    assert [w for w in caveats(section) if "Not only" in w] == [
+        f"Not only client.batch_size: codec.dtype is fp0 in {who(8, 0)}; fp1 in {who(9, 1)}."
+    ]
+
+
+def test_another_machine_or_commit_is_a_warning(tmp_path: Path) -> None:
+    for i, device in enumerate(("cpu", "cuda")):
+        run = make_run(tmp_path / str(i), seed=i, config={"device": device})
+        manifest = json.loads((run / "manifest.json").read_text()) | {"git": {"commit": f"abc{i}"}}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+    silent = make_run(tmp_path / "2", seed=2, config={"device": "cpu"})
+    (silent / "manifest.json").write_text(json.dumps({"data": manifest["data"]}))
+    (section,) = sections_of(tmp_path)
+    assert caveats(section) == [
+        "Not only the seed: device is cpu in flesd (seed 0, 2); cuda in flesd (seed 1).",
+        "Not only the seed: git.commit (manifest) is abc0 in flesd (seed 0); abc1 in flesd (seed 1).",
+    ]
+
+
+def test_many_differences_are_named_without_their_values(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(tmp_path / str(i), seed=i, strategy=f"s{i}", config={"many": {f"k{j:02}": i for j in range(15)}})
+    (section,) = sections_of(tmp_path)
+    assert caveats(section)[12] == "And 3 more settings: many.k12, many.k13, many.k14."
+
+
+def test_a_seed_that_ran_twice_counts_once_in_paired_differences(tmp_path: Path) -> None:
+    for i, (seed, linear) in enumerate([(0, 0.90), (0, 0.94), (1, 0.96)]):
+        make_run(tmp_path / str(i), seed=seed, linear=linear)
+    (section,) = sections_of(tmp_path)
+    assert section.groups[0].by_seed("linear_top1") == pytest.approx({0: 0.92, 1: 0.96})
+    assert caveats(section) == [
+        "flesd has more than one run of seed 0: each counts in the means, their mean in paired differences."
+    ]
+
+
+def test_accuracy_against_what_was_spent(tmp_path: Path) -> None:
+    """5 kB up a round; 15 and 25 seconds of work a round; 60 and 90 simulated ones."""
+    for seed, (seconds, simulated) in enumerate([(20.0, 60.0), (30.0, 90.0)]):
+        make_run(tmp_path / str(seed), seed=seed, seconds=seconds, simulated=simulated, linear=0.9 + 0.04 * seed)
+    (group,) = sections_of(tmp_path)[0].groups
+    expected = {
+        "uplink_bytes": [0, 5000, 10_000, 15_000],
+        "seconds": [0, 20, 40, 60],
+        "simulated_seconds": [0, 75, 150, 225],
+    }
+    for cost, spent in expected.items():
+        curve = over_cost(group, "linear_top1", cost)
+        assert curve is not None
+        assert curve.x == pytest.approx(spent)
+        assert (curve.y[-1], curve.low[-1], curve.high[-1]) == pytest.approx((0.92, 0.9, 0.94))  # type: ignore[index]
+    make_run(tmp_path / "2", seed=2)  # of before there was a model of time: the mean would be of other runs
+    (group,) = sections_of(tmp_path)[0].groups
+    assert over_cost(group, "linear_top1", "simulated_seconds") is None
+
+
+def test_simulated_time_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    for seed, simulated in enumerate((60.0, 120.0)):
+        make_run(tmp_path / "runs" / str(seed), seed=seed, simulated=simulated)
+    rows = make_run(tmp_path / "runs" / "2", strategy="fedavg") / "metrics.jsonl"
+    rows.write_text(rows.read_text().replace('"uplink_bytes": 5000', '"uplink_bytes": 5000, "simulated_seconds": null'))
+    compare([tmp_path / "runs"], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<figcaption>linear: against simulated time</figcaption>" in page
+    rows = rows_of((tmp_path / "out" / "results.md").read_text(), "## digits")
+    assert rows[""][-1] == "simulated"
+    assert (rows["flesd"][-1], rows["fedavg"][-1], rows["random init"][-1]) == ("4 min 30 s", "–", "")
+    alone = texts(write_run_report(tmp_path / "runs" / "0").read_text())
+    assert "simulated: 3 min 00 s" in alone
+    assert "simulated_" not in alone[alone.index("Where the time went") : alone.index("Configuration")]
+    compare([tmp_path / "runs" / "2"], tmp_path / "other")
+    assert "against simulated" not in (tmp_path / "other" / "report.html").read_text()
+
+
+def test_families_and_clients_have_their_spread(tmp_path: Path) -> None:
+    """local_only: five clients of the reported family at -2, -1, 0, 1, 2 quarters of 0.1 around the mean client."""
+    for seed in range(2):
+        make_run(tmp_path / "runs" / str(seed), seed=seed, linear=0.95 + 0.02 * seed)
+        make_run(
+            tmp_path / "runs" / f"1{seed}", seed=seed, strategy="local_only", linear=0.80 + 0.02 * seed, spread=0.05
+        )
+    compare([tmp_path / "runs"], tmp_path / "out")
+    text = (tmp_path / "out" / "results.md").read_text()
+    table = text[text.index("## Families and clients") :].split("\n\n")[1].splitlines()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    std = math.sqrt(2) * 0.01
+    assert lines[0] == ["", "family", "clients", "linear", "kNN", "1 label", "linear: std over clients"]
+    assert lines[2][:4] == ["flesd", "conv4_16", "2", f"0.960 ± {std:.3f}"]
+    assert lines[2][-1] == "–"
+    assert lines[3][:4] == ["flesd", "resnet8", "2", f"0.950 ± {std:.3f}"]
+    assert lines[5][:4] == ["local_only", "conv4_16", "2", f"0.810 ± {std:.3f} (0.750–0.870)"]
+    assert lines[5][-1] == f"{math.sqrt(2 * (0.05**2 + 0.025**2) / 4):.3f}"
+    assert lines[7][-1] == "–"  # of one client there is no spread
+    (section,) = sections_of(tmp_path / "runs")
+    run = next(run for run in section.groups[1].runs if run.seed == 0)
+    expected = {0: 0.75, 1: 0.775, 2: 0.80, 3: 0.825, 4: 0.85}
+    assert run.client_values("conv4_16", "linear_top1") == pytest.approx(expected)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<figcaption>linear: clients&#39; own models at the end</figcaption>" in page
+    assert "flesd, global" in page
+
+
+def test_one_family_with_a_global_model_needs_no_second_table(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", families=["conv4_16"])
+    assert spread_table(sections_of(tmp_path)[0]) is None
+
+
+def write_map(run: Path, *, labels: Sequence[int] = (0, 1, 2, 0), **more: Any) -> None:
+    """A `public_map.npz` of four images."""
+    planes = np.arange(16.0).reshape(2, 4, 2)
+    arrays: dict[str, Any] = {
+        "family": np.array("conv4_16"), "initial": planes[0], "trained": planes[1], "labels": np.array(labels, int),
+        "initial_shares": np.array([0.3, 0.1]), "trained_shares": np.array([0.6, 0.2]),
+        "classes": np.array(("zero", "one", "two") if labels else (), dtype=str),
+    }  # fmt: skip
+    np.savez(run / "public_map.npz", **(arrays | more))
+
+
+def test_maps_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "runs" / str(seed), seed=seed) for seed in (1, 0)]
+    make_run(tmp_path / "runs" / "2", strategy="local_only")
+    for run in runs:
+        write_map(run)
+    page = write_run_report(runs[0]).read_text()
+    assert re.findall(r"<figcaption>(conv4_16, .*?)</figcaption>", page) == [
+        "conv4_16, random init",
+        "conv4_16, trained",
+    ]
+    assert "first component, 60% of the variance" in page
+    compare([tmp_path / "runs"], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r"<figcaption>([^<]*, seed \d)</figcaption>", page) == ["random init, seed 0", "flesd, seed 0"]
+    assert_self_contained(page)
+    assert "Where the network puts" not in write_run_report(tmp_path / "runs" / "2").read_text()
+
+
+def test_maps_without_labels_are_drawn_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "0")
+    write_map(run, labels=())
+    assert "conv4_16, trained" in write_run_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    "more", [{"trained": np.zeros((3, 2))}, {"trained_shares": np.zeros(3)}, {"labels": [0, 1, 2, 3]}]
+)
+def test_a_map_that_does_not_fit_together_is_named(tmp_path: Path, more: dict[str, Any]) -> None:
+    run = make_run(tmp_path / "0")
+    write_map(run, **more)
+    with pytest.raises(DataError, match=r"public_map\.npz holds no two dimensions of 4 images"):
+        write_run_report(run)

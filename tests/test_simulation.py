@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import fedssl
 from fedssl.data.federated import FederatedData
 from fedssl.errors import ConfigError, DataError, TooFewRepliesError
-from fedssl.evaluate import Evaluator
+from fedssl.evaluate import Evaluator, extract_features, principal_plane
 from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.setup import Setup
@@ -64,7 +64,7 @@ def test_the_run_directory_holds_what_the_interface_names(flesd: Path) -> None:
     names = {path.name for path in flesd.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "partition.npz", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints",
-        "models",
+        "models", "public_map.npz",
     }  # fmt: skip
     assert sorted(path.name for path in (flesd / "models").iterdir()) == sorted(f"{f}.safetensors" for f in FAMILIES)
     assert sorted(path.name for path in (flesd / "checkpoints").iterdir()) == ["00001", "00002"]
@@ -107,6 +107,39 @@ def test_rows_and_summary_tell_the_same_story(flesd: Path) -> None:
     phases = next(row["metrics"] for row in seconds if row["scope"] == "server")
     parts = sum(phases[f"seconds_{phase}"] for phase in ("clients", "aggregation", "evaluation"))
     assert 0 < parts <= phases["seconds"] <= summary["wall_seconds"]
+
+
+def test_the_map_shows_public_images_before_and_after_training(flesd: Path) -> None:
+    setup = Setup(small(None, *FLESD))
+    with np.load(flesd / "public_map.npz", allow_pickle=False) as arrays:
+        assert str(arrays["family"]) == summary_of(flesd)["report_family"] == "conv4_4"
+        backbones = {"initial": setup.build_model("conv4_4").backbone, "trained": fedssl.load_encoder(flesd, None)}
+        for name, backbone in backbones.items():
+            features = extract_features(backbone, setup.public_set.images, setup.views, 24, setup.device)
+            plane = principal_plane(features)
+            assert plane is not None
+            np.testing.assert_allclose(arrays[name], plane.coordinates.numpy(), atol=1e-4)
+            np.testing.assert_allclose(arrays[f"{name}_shares"], plane.shares.numpy(), atol=1e-4)
+        assert not np.allclose(arrays["initial"], arrays["trained"], atol=0.1)
+        assert setup.train.labels is not None
+        np.testing.assert_array_equal(arrays["labels"], setup.train.labels[setup.data.public_positions])
+        assert tuple(arrays["classes"]) == setup.train.classes
+    server = setup.server()
+    assert server.public_set.images.labels is None  # the map alone has seen them
+    assert server.public_set.images.classes == ()
+
+
+def test_the_map_is_of_the_first_images_of_a_large_public_set(
+    flesd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(small(None, *FLESD), flesd)
+    checkpoints = Checkpoints(flesd / "checkpoints", keep=1)
+    monkeypatch.setattr(simulation, "MAX_MAPPED", 10)
+    simulation.save_public_map(setup, checkpoints.load(2)[0], tmp_path / "public_map.npz")
+    with np.load(tmp_path / "public_map.npz") as arrays, np.load(flesd / "public_map.npz") as all_of_them:
+        assert arrays["trained"].shape == (10, 2)
+        np.testing.assert_array_equal(arrays["labels"], all_of_them["labels"][:10])
+    assert [path.name for path in tmp_path.iterdir()] == ["public_map.npz"]
 
 
 def test_the_encoders_that_a_run_leaves_are_those_it_evaluated(flesd: Path) -> None:

@@ -511,6 +511,7 @@ def test_local_only_reports_mean_and_range_over_its_clients(finished: Any) -> No
         assert summary[name] == pytest.approx(np.mean(by_client))
         assert (summary[f"{name}_min"], summary[f"{name}_max"]) == (min(by_client), max(by_client))
     assert not (finished("local_only") / "models").exists()
+    assert not (finished("local_only") / "public_map.npz").exists()
 
 
 @pytest.mark.parametrize("num_images", [2, 3, 7, 24, 25])

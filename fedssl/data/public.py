@@ -154,13 +154,18 @@ class Dataset:
 
     def images(self, seed: int) -> ImageSet:
         """The public images of the run with this seed."""
+        return replace(self.labelled(seed), labels=None, classes=())
+
+    def labelled(self, seed: int) -> ImageSet:
+        """The same with the labels that their source has, if any: for evaluation, not for a strategy."""
         images = self.source.load("train")
         if self.size > len(images):
             raise ConfigError(
                 f"public.size={self.size} is more than the {len(images)} images of {images.name}. "
                 f"Set public.size to {len(images)} or less."
             )
-        return _unlabelled(images, numpy_generator(seed, "public set").permutation(len(images))[: self.size])
+        drawn = numpy_generator(seed, "public set").permutation(len(images))[: self.size]
+        return _public(images, drawn)
 
     def choose(
         self, train: ImageSet, *, free: Positions, keep: int, assign: Callable[[Positions], list[np.ndarray]], seed: int
@@ -180,8 +185,12 @@ class Dataset:
         )
 
 
+def _public(images: ImageSet, rows: Positions) -> ImageSet:
+    return images.subset(rows, name=f"public ({images.name})")
+
+
 def _unlabelled(images: ImageSet, rows: Positions) -> ImageSet:
-    return replace(images.subset(rows, name=f"public ({images.name})"), labels=None, classes=())
+    return replace(_public(images, rows), labels=None, classes=())
 
 
 def _check_size(size: object) -> None:

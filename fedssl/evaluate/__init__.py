@@ -12,6 +12,7 @@ from fedssl.evaluate.finetune import FineTuning
 from fedssl.evaluate.knn import KNN
 from fedssl.evaluate.linear import LinearProbe
 from fedssl.evaluate.logistic import LinearClassifier, LogisticRegression, PrincipalAxes
+from fedssl.evaluate.plane import Plane, principal_plane
 from fedssl.evaluate.thorough import Examiner, Findings, Thorough
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "LinearClassifier",
     "LinearProbe",
     "LogisticRegression",
+    "Plane",
     "PrincipalAxes",
     "Thorough",
     "extract_features",
     "linear_cka",
+    "principal_plane",
     "standardise",
 ]

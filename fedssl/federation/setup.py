@@ -229,6 +229,13 @@ class Setup:
         """The public images and their fingerprint."""
         return PublicSet.of(self.data.public_images, self.views.describe())
 
+    def labelled_public_images(self) -> ImageSet:
+        """The public images with the labels that their source has, if any: for evaluation, no strategy sees them."""
+        if len(positions := self.data.public_positions):
+            return self.train.subset(positions)
+        public = instantiate(self.config["public"])
+        return public.labelled(self.seed) if isinstance(public, Dataset) else self.data.public_images
+
     @cached_property
     def probe_data(self) -> tuple[ImageSet, ImageSet]:
         """Labelled train and test images for the probes."""

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +20,7 @@ from torch import nn
 
 from fedssl.config import check_values, instantiate
 from fedssl.errors import ConfigError
+from fedssl.evaluate import Plane, extract_features, principal_plane
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.client_app import make_client_app
@@ -30,6 +33,8 @@ from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
+
+MAX_MAPPED = 1000  # public images on the map
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,6 +310,7 @@ def _work(
 def _finish(setup: Setup, strategy: Strategy, run_dir: Path, state: State, status: str) -> dict[str, Any]:
     if status == "completed" and state.progressed.global_model:
         save_models(setup, state.arrays, run_dir / "models")
+        save_public_map(setup, state.arrays, run_dir / "public_map.npz")
     summary = summarise(setup, strategy, state, status)
     write_json(run_dir / "summary.json", summary)
     return summary
@@ -341,6 +347,47 @@ def save_models(setup: Setup, arrays: ArrayRecord, folder: Path) -> None:
     for family in setup.families:
         if state := family_state(arrays, family):
             save_file({name: value.contiguous() for name, value in state.items()}, folder / f"{family}.safetensors")
+
+
+def save_public_map(setup: Setup, arrays: ArrayRecord, path: Path) -> None:
+    """Write `public_map.npz`: where the report family's network puts public images, before and after training.
+
+    Arrays: `initial` and `trained`, (n, 2) coordinates of the first n = min(1000, all) public images (their order is
+    random); `initial_shares` and `trained_shares`, (2,) shares of the variance along the two axes
+    (`fedssl.evaluate.principal_plane`); `labels` (n,) and `classes` (names), empty where the images have no labels;
+    `family`, the network's. There is no file where the family has no global model, or features that are not finite.
+    """
+    family = setup.report_family
+    if not (state := family_state(arrays, family)):
+        return
+    images = setup.labelled_public_images()
+    images = images.subset(range(min(len(images), MAX_MAPPED)))
+    model = setup.build_model(family)
+
+    def plane() -> Plane | None:
+        backbone = model.backbone.to(setup.device)
+        features = extract_features(backbone, images, setup.views, setup.evaluation.batch_size, setup.device)
+        return principal_plane(features)
+
+    with torch_threads(setup.federation.server_threads):
+        initial = plane()
+        load_state(model, state)
+        trained = plane()
+    if initial is None or trained is None:
+        return
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(
+            file,
+            initial=initial.coordinates.numpy(),
+            initial_shares=initial.shares.numpy(),
+            trained=trained.coordinates.numpy(),
+            trained_shares=trained.shares.numpy(),
+            labels=np.empty(0, np.int64) if images.labels is None else images.labels,
+            classes=np.array(images.classes, dtype=np.str_),
+            family=np.array(family),
+        )
+    unfinished.replace(path)
 
 
 def load_encoder(run_dir: Path, family: str | None) -> nn.Module:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedssl.errors import ConfigError, DataError, FedSSLError
-from fedssl.report.comparison import Comparison, sort_runs
+from fedssl.report.comparison import Comparison
 from fedssl.report.pages import plural
 from fedssl.report.run_page import run_page
 from fedssl.report.runs import Run, find_runs, read_run
+from fedssl.report.sections import sort_runs
 from fedssl.tracking import write_text
 
 
@@ -39,14 +40,20 @@ def write_run_report(run_dir: Path, siblings: Sequence[Path] = ()) -> Path:
     return run_dir / "report.html"
 
 
-def compare(runs: Sequence[Path], out: Path) -> Comparison:
+def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), against: str | None = None) -> Comparison:
     """Write `results.csv`, `results.md` and `report.html` about all runs at or below `runs` into the folder `out`.
 
+    Args:
+        runs: run directories, or folders that hold some.
+        out: made where it is not there.
+        keys: the settings that are meant to differ; none: see `sort_runs`.
+        against: the group or strategy that paired differences are taken from; None: the best group.
+
     Raises:
-        ConfigError: a path is missing, holds no run, or `out` cannot be a folder.
+        ConfigError: a path is missing, holds no run, or `out` cannot be a folder; or no run has such a key or group.
     """
     found, broken = find_runs(runs)
-    comparison = Comparison(runs=found, broken=broken, sections=sort_runs(found))
+    comparison = Comparison(runs=found, broken=broken, sections=sort_runs(found, keys), against=against)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,9 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fedssl-report", description="Compare runs: a table, a page, a CSV.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders that hold some")
     parser.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="where the comparison goes")
+    parser.add_argument("--against", metavar="STRATEGY", help="paired differences from it; default: the best group")
+    parser.add_argument(
+        "--compare",
+        metavar="KEY,...",
+        default="",
+        help="settings that are meant to differ, e.g. client.local_epochs; default: strategy, or where all have the "
+        "same the one that differs",
+    )
     arguments = parser.parse_args(argv)
+    keys = [key.strip() for key in arguments.compare.split(",") if key.strip()]
     try:
-        comparison = compare(arguments.runs, arguments.out)
+        comparison = compare(arguments.runs, arguments.out, keys=keys, against=arguments.against)
     except FedSSLError as error:
         print(f"fedssl-report: {error}", file=sys.stderr)
         return error.exit_code

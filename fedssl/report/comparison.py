@@ -10,46 +10,49 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from fedssl.plots import Curve, curves_figure, dots_figure, human_bytes, palette, partition_figure
-from fedssl.report.gap import CENTRAL, LOCAL, gaps_recovered
-from fedssl.report.pages import Cell, Picture, Row, Table, accuracy, bounds, fraction, markdown, plural, render
-from fedssl.report.runs import HEADLINE, METRICS, Run, flatten, tell_apart
+from fedssl.errors import ConfigError
+from fedssl.plots import cost_figure, curves_figure, dots_figure, human_bytes, map_figure, palette, partition_figure
+from fedssl.report.caveats import caveats
+from fedssl.report.curves import over_cost, over_rounds
+from fedssl.report.gap import CENTRAL, LOCAL
+from fedssl.report.pages import (
+    Cell,
+    Picture,
+    Row,
+    Table,
+    accuracy,
+    bounds,
+    markdown,
+    mean_and_std,
+    plural,
+    render,
+)
+from fedssl.report.runs import HEADLINE, METRICS, PublicMap, Run, flatten
+from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section
+from fedssl.report.spread import clients_pictures, spread_table
 from fedssl.tracking import duration
 
 MAX_PARTITIONS = 6  # pictures a section
-GAP_METRIC = "linear_top1"
+MAX_MAPS = 9  # likewise
+MAX_POINTS = 500  # of a map; a point is a hundred bytes of the page
+COSTS = {  # column of a round -> unit, the end of the caption, and what the axis is called
+    "uplink_bytes": ("bytes", "bytes uploaded", "uploaded by all clients"),
+    "seconds": ("seconds", "measured time", "measured, without evaluations"),
+    "simulated_seconds": ("seconds", "simulated time", "simulated"),
+}
 FIRST_COLUMNS = ("run_dir", "status", "strategy", "data", "seed", "rounds", "report_family", *METRICS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Runs that differ in nothing but the seed."""
-
-    label: str
-    runs: Sequence[Run]
-
-    @property
-    def completed(self) -> list[Run]:
-        """The runs whose numbers enter the mean."""
-        return [run for run in self.runs if run.completed]
-
-    def values(self, name: str) -> list[float]:
-        """One number a completed run that has it."""
-        return [metrics[name] for metrics in (run.final() for run in self.completed) if name in metrics]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Runs whose accuracies may be compared: the same data, the same probes, the same reported family."""
-
-    title: str
-    groups: Sequence[Group]
-    controls: Mapping[str, Mapping[str, Sequence[float]]]  # name -> metric -> one value a seed
-
-    def recovered(self) -> dict[int, float]:
-        """By `id` of a run, the gap that it recovers where that is known; see `gaps_recovered`."""
-        runs = [run for group in self.groups for run in group.runs]
-        return {id(runs[i]): share for i, share in gaps_recovered(runs, GAP_METRIC).items()}
+PAIRED_NOTE = (
+    "Mean difference over the seeds that both have, and its 95 % confidence interval: m ± t(0.975, n − 1) s / √n of "
+    "the n differences, Student's t. It takes them to be about normal, and each row for the only one: of twenty rows "
+    "without any effect one leaves out 0. A dash: fewer than two common seeds."
+)
+CHOSEN_NOTE = " The reference is the best on these very seeds, which flatters it; --against names another."
+SPREAD_NOTE = (
+    "Mean ± standard deviation over the seeds; where clients keep their own models, of the mean client, and the small "
+    "range is from the lowest to the highest client of any seed."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +63,21 @@ class Comparison:
         runs: all of them.
         broken: directories that could not be read, with the reason.
         sections: the runs again, sorted into settings and groups.
+        against: what paired differences are taken from, see `Section.reference`.
+
+    Raises:
+        ConfigError: no section has what `against` names.
     """
 
     runs: Sequence[Run]
     broken: Mapping[Path, str]
     sections: Sequence[Section] = field(default_factory=list)
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.against is not None and not any(section.reference(self.against) for section in self.sections):
+            known = dict.fromkeys(group.label for section in self.sections for group in section.groups)
+            raise ConfigError(f"--against {self.against}: no run is of it. Choose one of: {'; '.join(known)}.")
 
     def frame(self) -> pd.DataFrame:
         """One row a run: its flattened summary, its directory, and its controls as `<control>.<metric>` columns."""
@@ -87,16 +100,24 @@ class Comparison:
         return table[first + [name for name in table if name not in first]]
 
     def summary(self) -> str:
-        """The sections' tables, as Markdown."""
+        """The sections' tables and warnings, as Markdown."""
         parts = []
         for section in self.sections:
-            parts += [f"## {section.title}", markdown(_section_table(section)), *_section_notes(section)]
+            parts += [f"## {section.title}", markdown(_section_table(section)), *_section_notes(section, self.against)]
+            if warnings := caveats(section):
+                parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in warnings))
+            if paired := _paired(section, self.against):
+                title, table, note = paired
+                parts += [f"### {title}", markdown(table), note]
         return "\n\n".join(parts)
 
     def markdown(self) -> str:
         """All tables of the page, as Markdown."""
         parts = ["# Results", "Top-1 accuracy on the test split, as fractions; mean ± standard deviation over seeds."]
         parts += [self.summary()]
+        for section in self.sections:
+            if table := spread_table(section):
+                parts += [f"## Families and clients: {section.title}", markdown(table), SPREAD_NOTE]
         parts += ["## All runs", markdown(_all_runs(self.runs, None))]
         if self.broken:
             parts += ["## Skipped", "\n".join(f"- {reason}" for reason in self.broken.values())]
@@ -111,16 +132,24 @@ class Comparison:
             plural(len({run.seed for run in self.runs}), "seed"),
             f"{completed} of {len(self.runs)} completed",
         ]
-        sections = [
-            {
-                "title": section.title,
-                "table": _section_table(section),
-                "notes": _section_notes(section),
-                "pictures": _section_pictures(section),
-                "partitions": _partitions(section),
-            }
-            for section in self.sections
-        ]
+        sections = []
+        for section in self.sections:
+            colours = palette([group.label for group in section.groups])
+            sections.append(
+                {
+                    "title": section.title,
+                    "table": _section_table(section),
+                    "notes": _section_notes(section, self.against),
+                    "warnings": caveats(section),
+                    "paired": _paired(section, self.against),
+                    "pictures": _section_pictures(section, colours),
+                    "spread": spread_table(section),
+                    "spread_note": SPREAD_NOTE,
+                    "clients": clients_pictures(section, colours),
+                    "partitions": _partitions(section),
+                    "maps": _maps(section),
+                }
+            )
         return render(
             "compare.html.j2",
             {
@@ -133,112 +162,52 @@ class Comparison:
         )
 
 
-def sort_runs(runs: Sequence[Run]) -> list[Section]:
-    """Runs by setting and reported family, then by configuration without the seed; the best group first."""
-    by_setting: dict[tuple[object, ...], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.declared_family is None):
-        setting = tuple(sorted(run.setting.items()))
-        peers_of_killed = (key for key in by_setting if run.declared_family is None and key[0] == setting)
-        by_setting.setdefault(next(peers_of_killed, (setting, run.report_family)), []).append(run)
-    same_data: dict[str, list[Run]] = {}
-    for members in by_setting.values():
-        same_data.setdefault(members[0].data, []).append(members[0])
-    sections = []
-    for members in by_setting.values():
-        peers = same_data[members[0].data]
-        note = tell_apart([run.setting for run in peers])[peers.index(members[0])]
-        family = members[0].report_family
-        title = members[0].data + (f", {family}" if family else "") + (f" ({note})" if note else "")
-        sections.append(Section(title=title, groups=_groups(members), controls=_control_values(members)))
-    return sections
-
-
-def _groups(runs: Sequence[Run]) -> list[Group]:
-    by_choices: dict[tuple[object, ...], list[Run]] = {}
-    for run in runs:
-        by_choices.setdefault((run.strategy, *sorted(run.choices.items())), []).append(run)
-    members = list(by_choices.values())
-    labels = [group[0].strategy for group in members]
-    for strategy in set(labels):
-        same = [i for i, group in enumerate(members) if group[0].strategy == strategy]
-        for i, note in zip(same, tell_apart([members[i][0].choices for i in same]), strict=True):
-            labels[i] += f" ({note})" if note else ""
-    groups = [Group(label=label, runs=group) for label, group in zip(labels, members, strict=True)]
-
-    def merit(group: Group) -> tuple[float, ...]:
-        return tuple(-float(np.mean(group.values(name) or [-1.0])) for name in METRICS)
-
-    return sorted(groups, key=merit)
-
-
-def _control_values(runs: Sequence[Run]) -> dict[str, dict[str, list[float]]]:
-    """Runs of one seed share their controls (the same initial weights, the same images), so each seed counts once."""
-    found: dict[str, dict[str, dict[int | None, float]]] = {}
-    for run in runs:
-        for control, metrics in run.controls().items():
-            for name in METRICS:
-                if name in metrics:
-                    found.setdefault(control, {}).setdefault(name, {}).setdefault(run.seed, metrics[name])
-    return {
-        control: {name: list(by_seed.values()) for name, by_seed in metrics.items()}
-        for control, metrics in found.items()
-    }
-
-
-def _shown(section: Section) -> list[str]:
-    def known(name: str) -> bool:
-        return any(group.values(name) for group in section.groups) or any(name in m for m in section.controls.values())
-
-    return [name for name in METRICS if known(name)]
-
-
 def _section_table(section: Section) -> Table:
-    shown, recovered = _shown(section), section.recovered()
+    shown, recovered = section.shown, section.recovered()
     gap = ["gap recovered"] if recovered else []
-    table = Table(heads=["", "runs", *(METRICS[name] for name in shown), *gap, "up", "down", "time"])
+    modelled = ["simulated"] if any(_totals(group, "simulated_seconds") for group in section.groups) else []
+    table = Table(heads=["", "runs", *(METRICS[name] for name in shown), *gap, "up", "down", "time", *modelled])
     for group in section.groups:
         done = group.completed
-        seconds = [float(run.summary["wall_seconds"]) for run in done if "wall_seconds" in run.summary]
-        costs = [[run.total(name) for run in done] for name in ("uplink_bytes", "downlink_bytes")]
-        known = [[total for total in totals if total is not None] for totals in costs]
+        times = [_totals(group, name) for name in ("wall_seconds", *("simulated_seconds" for _ in modelled))]
+        known = [_totals(group, name) for name in ("uplink_bytes", "downlink_bytes")]
         table.rows.append(
             Row(
                 [
                     group.label,
                     str(len(done)) if len(done) == len(group.runs) else f"{len(done)} of {len(group.runs)}",
                     *(_mean_cell(group, name) for name in shown),
-                    *(_mean([recovered[id(run)] for run in group.runs if id(run) in recovered]) for _ in gap),
+                    *(mean_and_std([recovered[id(run)] for run in group.runs if id(run) in recovered]) for _ in gap),
                     *(human_bytes(float(np.mean(totals))) if totals else "–" for totals in known),
-                    duration(float(np.mean(seconds))) if seconds else "–",
+                    *(duration(float(np.mean(totals))) if totals else "–" for totals in times),
                 ]
             )
         )
     for control, metrics in section.controls.items():
-        cells = [_mean(metrics.get(name, [])) for name in shown]
+        cells = [mean_and_std(list(metrics.get(name, {}).values())) for name in shown]
         count = str(max(len(values) for values in metrics.values()))
-        table.rows.append(Row([control, count, *cells, *("" for _ in gap), "", "", ""], "control"))
+        rest = [""] * (len(table.heads) - 2 - len(cells))
+        table.rows.append(Row([control, count, *cells, *rest], "control"))
     return table
 
 
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return fraction(None)
-    return fraction(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+def _totals(group: Group, name: str) -> list[float]:
+    return [total for run in group.completed if (total := run.total(name)) is not None]
 
 
 def _mean_cell(group: Group, name: str) -> Cell:
     spans = [span for span in (bounds(run.final(), name) for run in group.completed) if span is not None]
     span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
-    return Cell(text=_mean(group.values(name)), span=span)
+    return Cell(text=mean_and_std(group.values(name)), span=span)
 
 
-def _section_notes(section: Section) -> list[str]:
+def _section_notes(section: Section, against: str | None) -> list[str]:
     notes = []
-    left_out = sum(len(group.runs) - len(group.completed) for group in section.groups)
-    if left_out:
-        notes.append(f"{plural(left_out, 'run')} did not complete: not in the means.")
-    if all(len(group.completed) < 2 for group in section.groups):
-        notes.append("One seed each: differences of the size of the spread over seeds mean nothing.")
+    if len(section.groups) > 1:
+        several = "several settings at once; --compare names those that are meant"
+        notes.append(f"Compared: {', '.join(section.compared) or several}.")
+    if against is not None and section.reference(against) is None:
+        notes.append(f"No run of {against} is here to take differences from.")
     if section.recovered():
         notes.append(
             f"Gap recovered: ({METRICS[GAP_METRIC]} − {LOCAL}) / ({CENTRAL} − {LOCAL}) of the same seed and setting; "
@@ -248,44 +217,65 @@ def _section_notes(section: Section) -> list[str]:
     return notes + [f"{label}: {note}." for label, note in said]
 
 
-def _section_pictures(section: Section) -> list[Picture]:
-    colours = palette([group.label for group in section.groups])
+def _paired(section: Section, against: str | None) -> tuple[str, Table, str] | None:
+    """Title, table and note of the differences from the reference; None where no two share two seeds."""
+    reference = section.reference(against)
+    rows = section.differences(reference) if reference else {}
+    if reference is None or not any(rows.values()):
+        return None
+    table = Table(heads=["", "seeds", *(METRICS[name] for name in section.shown)])
+    for label, differences in rows.items():
+        counts = sorted({difference.n for difference in differences.values()})
+        cells = [
+            Cell(text="", delta=difference.mean, interval=(difference.low, difference.high))
+            if (difference := differences.get(name))
+            else "–"
+            for name in section.shown
+        ]
+        kind = "control" if label in section.controls else ""
+        table.rows.append(Row([label, "–".join(map(str, counts)) or "–", *cells], kind))
+    return f"Differences from {reference.label}, same seeds", table, PAIRED_NOTE + ("" if against else CHOSEN_NOTE)
+
+
+def _section_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
     pictures = []
     for name in HEADLINE:
         values = {group.label: group.values(name) for group in section.groups if group.values(name)}
-        controls = {control: float(np.mean(m[name])) for control, m in section.controls.items() if name in m}
+        controls = {control: _mean(m[name]) for control, m in section.controls.items() if name in m}
         if values:
             figure = dots_figure(values, xlabel=f"{METRICS[name]}, top-1", colours=colours, controls=controls)
             pictures.append(Picture(f"{METRICS[name]}: at the end", figure))
     for name in HEADLINE:
-        curves = {group.label: curve for group in section.groups if (curve := _curve(group, name)) is not None}
+        curves = {group.label: curve for group in section.groups if (curve := over_rounds(group, name)) is not None}
         if curves:
             raw = section.controls.get("raw pixels", {}).get(name)
             figure = curves_figure(
                 curves,
                 ylabel=f"{METRICS[name]}, top-1",
                 colours=colours,
-                controls={"raw pixels": float(np.mean(raw))} if raw else {},
+                controls={"raw pixels": _mean(raw)} if raw else {},
             )
             pictures.append(Picture(f"{METRICS[name]}: over the rounds", figure))
+    return pictures + _cost_pictures(section, colours)
+
+
+def _cost_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
+    """The headline metric against each cost that is known."""
+    name = next((name for name in HEADLINE if any(group.values(name) for group in section.groups)), HEADLINE[0])
+    pictures = []
+    for cost, (unit, caption, xlabel) in COSTS.items():
+        curves = {group.label: curve for group in section.groups if (curve := over_cost(group, name, cost)) is not None}
+        free = {label: curve.y[-1] for label, curve in curves.items() if curve.x[-1] == 0}
+        paid = {label: curve for label, curve in curves.items() if label not in free}
+        if paid:
+            ylabel = f"{METRICS[name]}, top-1"
+            figure = cost_figure(paid, ylabel=ylabel, xlabel=xlabel, unit=unit, colours=colours, free=free)
+            pictures.append(Picture(f"{METRICS[name]}: against {caption}", figure))
     return pictures
 
 
-def _curve(group: Group, name: str) -> Curve | None:
-    """Mean and range over the seeds; rounds that every completed run has evaluated."""
-    tables = [run.eval[run.eval["family"] == run.report_family] for run in group.completed]
-    series = [table.dropna(subset=[name]).set_index("round")[name] for table in tables if name in table]
-    series = [values[~values.index.duplicated(keep="last")] for values in series]
-    rounds = pd.concat(series, axis=1, join="inner").sort_index() if series else pd.DataFrame()
-    if len(rounds) < 2:
-        return None
-    band = len(series) > 1
-    return Curve(
-        x=rounds.index.tolist(),
-        y=rounds.mean(axis=1).tolist(),
-        low=rounds.min(axis=1).tolist() if band else None,
-        high=rounds.max(axis=1).tolist() if band else None,
-    )
+def _mean(by_seed: BySeed) -> float:
+    return float(np.mean(list(by_seed.values())))
 
 
 def _partitions(section: Section) -> list[Picture]:
@@ -304,6 +294,25 @@ def _partitions(section: Section) -> list[Picture]:
         caption = f"seed{'s' if len(names) > 1 else ''} {', '.join(names)}, {plural(len(seeds[key]), 'run')}"
         pictures.append(Picture(caption, partition_figure(run.partition.counts, run.partition.classes)))
     return pictures
+
+
+def _maps(section: Section) -> list[Picture]:
+    """The networks of one run of each group, the lowest seed that has a map, and one before training."""
+    pictures: list[Picture] = []
+    for group in section.groups:
+        mapped = sorted((run for run in group.runs if run.public_map), key=lambda run: run.seed or 0)
+        for run in mapped[:1]:
+            plane = run.public_map
+            assert plane is not None
+            if not pictures:
+                pictures.append(_map(f"random init, seed {run.seed}", plane.initial, plane.initial_shares, plane))
+            pictures.append(_map(f"{group.label}, seed {run.seed}", plane.trained, plane.trained_shares, plane))
+    return pictures[:MAX_MAPS]
+
+
+def _map(caption: str, coordinates: np.ndarray, shares: np.ndarray, plane: PublicMap) -> Picture:
+    figure = map_figure(coordinates[:MAX_POINTS], shares, plane.labels[:MAX_POINTS], plane.classes)
+    return Picture(caption, figure)
 
 
 def _all_runs(runs: Sequence[Run], out: Path | None) -> Table:

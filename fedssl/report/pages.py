@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ class Cell:
         delta: signed difference from what the table compares with.
         rival: the number is a rival's, so that a positive `delta` is bad news.
         span: lowest and highest over the clients of a strategy without a global model.
+        interval: of confidence around `delta`, which then counts where the interval leaves out 0.
         link: address the text leads to.
     """
 
@@ -38,11 +40,14 @@ class Cell:
     delta: float | None = None
     rival: bool = False
     span: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
     link: str | None = None
 
     @property
     def range(self) -> str:
-        """`span` in words, "" where there is none."""
+        """`span` or `interval` in words, "" where there is neither."""
+        if self.interval is not None:
+            return f"{signed(self.interval[0])} to {signed(self.interval[1])}"
         return "" if self.span is None else f"{self.span[0]:.3f}–{self.span[1]:.3f}"
 
     @property
@@ -53,11 +58,15 @@ class Cell:
     @property
     def trend(self) -> str:
         """CSS class of `delta`."""
+        if self.interval is not None:
+            return "up" if self.interval[0] > 0 else "down" if self.interval[1] < 0 else ""
         gain = (self.delta or 0.0) * (-1 if self.rival else 1)
         return "up" if gain >= TIE else "down" if gain <= -TIE else ""
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.text, self.range and f"({self.range})", self.signed)))
+        small = self.range and f"({self.range})"
+        parts = (self.text, self.signed, small) if self.interval else (self.text, small, self.signed)
+        return " ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,13 @@ def fraction(value: float | None, std: float | None = None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" + ("" if std is None else f" ± {std:.3f}")
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of a sample, which one value does not have."""
+    if not values:
+        return fraction(None)
+    return fraction(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def signed(delta: float) -> str:

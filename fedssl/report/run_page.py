@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, palette, partition_figure
+from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, map_figure, palette, partition_figure
 from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
 from fedssl.report.runs import HEADLINE, METRICS, RAW_PIXELS, Run, flatten, tell_apart
 from fedssl.tracking import duration
@@ -45,6 +45,7 @@ def run_page(run: Run, siblings: Sequence[Run]) -> str:
             "families": _families(run),
             "curves": _curves(run),
             "federation": _federation(run),
+            "maps": _maps(run),
             "failures": failures,
             "failure_counts": counts,
             "measures": _measures(run),
@@ -77,6 +78,8 @@ def _facts(run: Run) -> list[str]:
         facts.append(f"reported: {run.report_family}")
     if isinstance(run.summary.get("wall_seconds"), int | float):
         facts.append(duration(run.summary["wall_seconds"]))
+    if (simulated := run.total("simulated_seconds")) is not None:
+        facts.append(f"simulated: {duration(simulated)}")
     return facts
 
 
@@ -267,6 +270,15 @@ def _federation(run: Run) -> list[Picture]:
     return pictures
 
 
+def _maps(run: Run) -> list[Picture]:
+    plane = run.public_map
+    if plane is None:
+        return []
+    before = map_figure(plane.initial, plane.initial_shares, plane.labels, plane.classes)
+    after = map_figure(plane.trained, plane.trained_shares, plane.labels, plane.classes)
+    return [Picture(f"{plane.family}, random init", before), Picture(f"{plane.family}, trained", after)]
+
+
 def _failures(run: Run) -> tuple[list[dict[str, Any]], str]:
     """Rows of the failures table, and a sentence with the counts."""
     rounds = [row for row in run.rows if row["scope"] == "round"]
@@ -325,7 +337,8 @@ def _measures(run: Run) -> list[Picture]:
 
 def _phases(run: Run) -> Table | None:
     """Sums of the server's `seconds` (the whole round), `seconds_<phase>` and `<family>/seconds`."""
-    seconds = {name: run.server[name] for name in _numeric(run.server) if "seconds" in name}
+    measured = (name for name in _numeric(run.server) if "seconds" in name and name != "simulated_seconds")
+    seconds = {name: run.server[name] for name in measured}
     if not seconds:
         return None
     table = Table(heads=["", "total", "mean a round", "slowest round"])

@@ -27,12 +27,15 @@ METRICS = {  # in the order of importance; the names are the reports' column hea
 HEADLINE = ("linear_top1", "knn_top1", "labels1_top1")  # those with a picture; the others stand in the tables
 RAW_PIXELS = "raw_pixels"  # the control's name where a family's would stand
 
-# Settings that say where or when a run happened, not what was run: they never tell two runs apart.
-INCIDENTAL = (
-    "seed", "run_dir", "resume", "replay", "grid", "device", "max_seconds", "hydra", "client.store",
-    "federation.min_replies", "federation.round_timeout", "federation.keep_checkpoints",
+# Settings of no consequence: where files lie, and how long a run may take.
+INERT = (
+    "seed", "run_dir", "resume", "replay", "max_seconds", "hydra", "client.store", "federation.keep_checkpoints",
+    "data.root", "data.download", "evaluate.root",
 )  # fmt: skip
+# Settings that say where or when a run happened, not what was run: they never tell two runs apart.
+INCIDENTAL = (*INERT, "grid", "device", "federation.min_replies", "federation.round_timeout")
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
+PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,25 @@ class Partition:
     classes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublicMap:
+    """Public images in two dimensions, of a `public_map.npz`: (n, 2) `initial` and `trained`; (2,) shares of variance.
+
+    `labels` and `classes` are empty where the images have no labels.
+    """
+
+    family: str
+    initial: "np.ndarray[Any, np.dtype[np.floating[Any]]]"
+    trained: "np.ndarray[Any, np.dtype[np.floating[Any]]]"
+    initial_shares: "np.ndarray[Any, np.dtype[np.floating[Any]]]"
+    trained_shares: "np.ndarray[Any, np.dtype[np.floating[Any]]]"
+    labels: "np.ndarray[Any, np.dtype[np.integer[Any]]]"
+    classes: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """One run directory; `summary`, `manifest`, `rows` and `partition` may be empty when it was cut short."""
+    """One run directory; all but `path` and `config` may be empty when it was cut short."""
 
     path: Path
     config: dict[str, Any]
@@ -53,6 +72,7 @@ class Run:
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
     partition: Partition | None
+    public_map: PublicMap | None
 
     @property
     def status(self) -> str:
@@ -166,12 +186,48 @@ class Run:
         """`uplink_bytes` or another sum over rounds; of an unfinished run, so far."""
         if isinstance(self.summary.get(name), int | float):
             return float(self.summary[name])
-        return float(self.server[name].sum()) if name in self.server else None
+        values = self.server[name].dropna() if name in self.server else ()
+        return float(sum(values)) if len(values) else None
+
+    def client_values(self, family: str, name: str) -> dict[int, float]:
+        """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
+        column = f"{family}/{name}"
+        if column not in self.clients:
+            return {}
+        rows = self.clients.dropna(subset=[column, "partition"])
+        rows = rows[rows["round"] == rows["round"].max()]
+        return {int(partition): float(v) for partition, v in zip(rows["partition"], rows[column], strict=True)}
+
+    def spent(self, cost: str) -> "pd.Series[float] | None":
+        """What was spent by the end of each round, 0 at round 0; None where that is not known of every round.
+
+        Args:
+            cost: `uplink_bytes`, `seconds` (of rounds without their evaluation) or `simulated_seconds`.
+        """
+        if cost not in self.server:
+            return None
+        rows = self.server.drop_duplicates("round", keep="last").set_index("round").sort_index()
+        values = rows[cost].astype(float)
+        if cost == "seconds" and "seconds_evaluation" in rows:
+            values = values - rows["seconds_evaluation"].fillna(0.0)
+        if values.isna().any():
+            return None
+        return pd.concat([pd.Series({0: 0.0}), values.cumsum()])
 
     @cached_property
     def choices(self) -> dict[str, str]:
         """The flattened configuration without what is incidental: what makes two runs the same but for the seed."""
         return _settings(self.config, drop=INCIDENTAL + INCIDENTAL_OF_DATA)
+
+    @cached_property
+    def conditions(self) -> dict[str, str]:
+        """The flattened configuration without what has no consequence: what two runs of a comparison should share."""
+        return _settings(self.config, drop=INERT)
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """Code and machine that it ran on, as far as its manifest says; likewise."""
+        return {key: str(value) for key, value in flatten(self.manifest).items() if covers(PROVENANCE, key)}
 
     @cached_property
     def setting(self) -> dict[str, str]:
@@ -201,6 +257,7 @@ def read_run(path: Path) -> Run:
         manifest=_mapping(path / "manifest.json"),
         rows=_read(path / "metrics.jsonl", _rows) or [],
         partition=_read_partition(path / "partition.npz"),
+        public_map=_read_public_map(path / "public_map.npz"),
     )
 
 
@@ -245,7 +302,7 @@ def _run_directories(root: Path) -> Iterator[Path]:
 
 def tell_apart(settings: Sequence[Mapping[str, str]]) -> list[str]:
     """For each of several flat configurations, what sets it apart from the others: "dim=64, codec=Factor" or ""."""
-    keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
+    keys = varying(settings)
     short = {key: key.rpartition(".")[2] for key in keys}
     names: dict[str, str] = {}
     for key in keys:
@@ -263,6 +320,26 @@ def tell_apart(settings: Sequence[Mapping[str, str]]) -> list[str]:
         )
 
     return [text(setting) for setting in settings]
+
+
+def varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys of several flat configurations that not all of them have alike.
+
+    A strategy's YAML repeats settings from above (`strategy.client.local_epochs: ${client.local_epochs}`): these count
+    once, under the name by which they are set.
+    """
+    keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
+
+    def repeats(key: str, other: str) -> bool:
+        alike = key.rpartition(".")[2] == other.rpartition(".")[2] and not covers(["strategy"], other)
+        return alike and all(s[key] == s.get(other) for s in settings if key in s)
+
+    return [key for key in keys if not (covers(["strategy"], key) and any(repeats(key, other) for other in keys))]
+
+
+def covers(names: Sequence[str], key: str) -> bool:
+    """Whether the dotted `key` is one of `names` or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -287,7 +364,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _settings(config: Mapping[str, Any], *, drop: Sequence[str]) -> dict[str, str]:
     def incidental(key: str) -> bool:
-        return key.rpartition(".")[2] == "seed" or any(key == name or key.startswith(f"{name}.") for name in drop)
+        return key.rpartition(".")[2] == "seed" or covers(drop, key)
 
     return {
         key: "null" if value is None else str(value) for key, value in flatten(config).items() if not incidental(key)
@@ -335,3 +412,22 @@ def _read_partition(path: Path) -> Partition | None:
     if counts.ndim != 2 or counts.shape[1] != len(classes):
         raise DataError(f"{path} holds counts of shape {counts.shape} for {len(classes)} classes.")
     return Partition(counts=counts, classes=classes)
+
+
+def _read_public_map(path: Path) -> PublicMap | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            planes = {
+                name: arrays[name].astype(float) for name in ("initial", "trained", "initial_shares", "trained_shares")
+            }
+            labels, classes, family = arrays["labels"], tuple(map(str, arrays["classes"])), str(arrays["family"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    n = len(planes["initial"])
+    shapes = [planes[name].shape for name in ("initial", "trained", "initial_shares", "trained_shares")]
+    labelled = labels.shape == (n,) and bool(np.all((labels >= 0) & (labels < len(classes))))
+    if shapes != [(n, 2), (n, 2), (2,), (2,)] or not (labelled or labels.size == 0):
+        raise DataError(f"{path} holds no two dimensions of {n} images: {shapes}, labels {labels.shape}.")
+    return PublicMap(family=family, labels=labels, classes=classes, **planes)
