@@ -153,7 +153,7 @@ def lie(upload: Upload, action: str) -> Upload:
         own = f"{header.family}/"
         arrays = {name: np.full_like(value, 9e9) if name.startswith(own) else value for name, value in arrays.items()}
     elif action == "large":  # a network works with them in eval mode
-        arrays = {name: value if "running" in name else np.full_like(value, 900) for name, value in arrays.items()}
+        arrays = {name: np.full_like(value, 900) for name, value in arrays.items()}
     elif action == "no weight":
         del metrics["num-examples"]
     elif action == "collapsed":

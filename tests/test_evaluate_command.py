@@ -18,7 +18,7 @@ from fedssl.__main__ import main as fedssl
 from fedssl.config import compose_evaluation, conf_dir
 from fedssl.evaluate import linear_cka
 from fedssl.evaluate.features import extract_features
-from fedssl.evaluate_command import main
+from fedssl.evaluate_command import _changes, main
 from fedssl.federation import simulation
 from fedssl.federation.client import own_model
 from fedssl.federation.evaluation import over_clients
@@ -468,13 +468,25 @@ def test_two_roots_of_one_data_set_are_two_evaluations(flesd: Path, tmp_path: Pa
     assert measured(run_dir, "evaluation-image_folder.json")["settings"]["root"] == "a"
 
 
+def test_a_setting_that_is_newer_than_the_file_is_no_other_setting() -> None:
+    before = {"finetune": {"epochs": 2}}
+    assert _changes(before, {"finetune": {"epochs": 2, "new": 1}, "replay_clients": False}) == []
+    assert _changes(before, {"finetune": {"epochs": 3}}) == ["evaluate.finetune.epochs was 2, now 3"]
+
+
 def test_no_other_file_is_replaced(flesd: Path, tmp_path: Path, command: Command) -> None:
     before = tree_hash(flesd)
     (tmp_path / "broken.json").write_text('{"rows": [')
-    for given in (flesd / "summary.json", flesd / "config.yaml", flesd, tmp_path / "broken.json"):
+    other = "is no file that fedssl-evaluate has made"
+    for given, reason in (
+        (flesd / "summary.json", other),
+        (flesd / "config.yaml", other),
+        (tmp_path / "broken.json", other),
+        (flesd, "is a folder: give -o the name of a file"),
+    ):
         ended = command(str(flesd), *QUICK, "-o", str(given))
         assert (ended.code, ended.out) == (2, "")
-        assert f"{given} is no file that fedssl-evaluate has made" in ended.err
+        assert f"{given} {reason}" in ended.err
     assert tree_hash(flesd) == before
 
 
