@@ -6,10 +6,10 @@
   scripts/reproduce --table                   write the table in benchmarks/published.md anew
   scripts/reproduce --add FILE                take over results that scripts/gpu_acceptance brought (its rows.json)
 
-A row runs as `fedssl` would (grid=in_process), in WORK/<row>. An interruption of any kind, a kill too, costs the round it
-falls into; --seconds S starts no round after S seconds, nor one that would end later, as far as the last one tells. The
-result is written whenever the command ends: `measured` and `holds` are null until the row is whole, and `holds` always
-for a shrunken one.
+A row runs as `fedssl` would (grid=in_process), in WORK/<row>. An interruption of any kind, a kill too, costs the round
+it falls into; --seconds S starts no round after S seconds, nor one that would end later, as far as the last one tells.
+The result is written whenever the command ends: `measured` and `holds` are null until the row is whole, and `holds`
+always for a shrunken one.
 Exit codes: 0 whole; 1 whole, and the published number is missed; 2 bad input; 4 stopped by --seconds; 130 interrupted.
 """
 
@@ -153,7 +153,7 @@ def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
     return {
         "shard": job.shard,
         "status": summary.get("status", "not started" if not run_dir.is_dir() else "interrupted"),
-        "rounds": summary.get("rounds", _checkpointed(run_dir)),
+        "rounds": summary.get("rounds", rounds_kept(run_dir)),
         "num_rounds": job.config["federation"]["num_rounds"],
         "measured": summary[row.metric] if whole else None,
         "metrics": {name: summary[name] for name in KNN_AND_PROBE if name in summary} if whole else {},
@@ -161,7 +161,8 @@ def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
     }
 
 
-def _checkpointed(run_dir: Path) -> int:
+def rounds_kept(run_dir: Path) -> int:
+    """The round of the newest checkpoint; 0 where there is none."""
     return max((int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
 
 

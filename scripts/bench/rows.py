@@ -1,8 +1,9 @@
-"""Published rows, their results, and the tables of both: what `scripts/reproduce` and `scripts/gpu_acceptance` share."""
+"""Published rows, their results and the table of both: shared by `scripts/reproduce` and `scripts/gpu_acceptance`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
             known = [value for value in values if value is not None]
             said = "not measured"
             if len(known) == len(values):
-                said = "holds" if all(a < b for a, b in zip(known, known[1:], strict=False)) else "does not hold"
+                said = "holds" if all(a < b for a, b in pairwise(known)) else "does not hold"
             out.append(f"{ordering['what']}{' (shrunken, CPU)' if shrunken else ''}: {chain}: {said}")
     return out
 
