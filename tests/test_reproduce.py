@@ -215,6 +215,7 @@ def test_a_row_that_was_stopped_and_killed_has_the_result_of_one_that_was_not(ti
     assert code == reproduce.OK
     assert whole["holds"] is True
     assert [run["rounds"] for run in whole["runs"]] == [3]
+    assert 0 < whole["runs"][0]["untrained"] != whole["measured"]
 
     command = [sys.executable, str(ROOT / "scripts" / "reproduce"), "averaged", "--rows", str(tiny)]
     command += ["--work", str(tiny.parent / "killed"), "-o", str(tiny.parent / "killed-averaged.json")]
@@ -417,6 +418,18 @@ def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: P
     assert len(left["rows"]) == 2
 
 
+def test_a_row_that_outlasts_the_sitting_writes_how_far_it_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_acceptance, "LAST", 15.0)
+    entry = tiny_row("endless", "strategy=fedavg", "client.local_epochs=1000000")
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+    assert gpu_acceptance.main([*arguments, "--parts", "rows", "--seconds", "60"]) == 0
+    [part] = json.loads((tiny.parent / "o" / "acceptance.json").read_text())["parts"]
+    assert (part["interrupted"], part["code"]) == (True, reproduce.INTERRUPTED)
+    result = json.loads((tiny.parent / "o" / "rows.json").read_text())["reproduce-endless-cpu.json"]
+    assert (result["measured"], result["runs"][0]["status"], result["runs"][0]["rounds"]) == (None, "stopped", 0)
+
+
 def test_a_sitting_without_time_leaves_its_files(tiny: Path) -> None:
     code, left = accept(tiny, "--parts", "rows", "--seconds", "5")
     assert (code, left["rows"], left["acceptance"]["parts"]) == (0, {}, [])
@@ -427,7 +440,7 @@ def test_a_part_is_ended_at_its_limit_with_all_it_started(tmp_path: Path) -> Non
     inner = f"import os, time, pathlib; pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(600)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     part = gpu_acceptance.run("sleeper", [sys.executable, "-c", outer], gpu_acceptance.LAST + 3, tmp_path / "log")
-    assert part.code is None
+    assert part.interrupted
     assert part.seconds < gpu_acceptance.LAST + 3
     deadline = time.monotonic() + 10
     while Path(f"/proc/{marker.read_text()}").exists() and time.monotonic() < deadline:

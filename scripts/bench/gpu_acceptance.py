@@ -43,6 +43,7 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "benchmarks", "rows")
 BENCHMARKS = ("views", "train", "round", "distill", "probe", "flesd")  # overhead needs Ray, memory is the same anywhere
 SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left; rows have the rest
+STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
 NEEDED = {  # module -> package, for whom
     "flwr": "flwr: rows, tests",
@@ -75,7 +76,8 @@ class Part:
 
     name: str
     command: list[str]
-    code: int | None  # None: it was ended at its limit
+    code: int | None  # None: it was killed at its limit
+    interrupted: bool  # whether its limit came first
     seconds: float
     tail: str
 
@@ -109,17 +111,20 @@ def run(name: str, command: Sequence[str], limit: float, log: Path) -> Part:
             command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=rows.ROOT, env=_environment()
         )
         code: int | None = None
+        interrupted = False
         try:
             code = process.wait(max(1.0, limit - LAST))
         except subprocess.TimeoutExpired:
+            interrupted = True
             _signal(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(LAST)
+                code = process.wait(LAST)
         finally:
             _signal(process, signal.SIGKILL)  # what it has started, too
             process.wait()
     tail = log.read_text(errors="replace")[-TAIL:]
-    return Part(name=name, command=list(command), code=code, seconds=time.monotonic() - started, tail=tail)
+    seconds = time.monotonic() - started
+    return Part(name=name, command=list(command), code=code, interrupted=interrupted, seconds=seconds, tail=tail)
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
@@ -167,7 +172,7 @@ class Acceptance:
                     getattr(self, part)()
                 except Exception as error:  # a later part must have its turn
                     self.note(part, f"{type(error).__name__}: {error}")
-        return int(any(part.code not in (0, None, 4) for part in self.parts))
+        return int(any(part.code not in (0, STOPPED) and not part.interrupted for part in self.parts))
 
     def tests(self) -> None:
         """`pytest -m gpu`; in a rehearsal they are only collected, as they need a GPU."""
@@ -213,14 +218,14 @@ class Acceptance:
         log = self.args.work / f"{name.replace(' ', '-')}.log"
         part = run(name, command, limit, log)
         self.parts.append(part)
-        print(f"{name}: {'ended at its limit' if part.code is None else f'exit code {part.code}'}", flush=True)
+        print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}", flush=True)
         self.write()
         return log
 
     def note(self, name: str, text: str) -> None:
         """A part that did not come to be."""
         print(f"{name}: {text}", flush=True)
-        self.parts.append(Part(name=name, command=[], code=2, seconds=0.0, tail=text))
+        self.parts.append(Part(name=name, command=[], code=2, interrupted=False, seconds=0.0, tail=text))
         self.write()
 
     def write(self) -> None:

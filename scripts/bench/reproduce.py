@@ -132,14 +132,22 @@ def _differing(began: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
+def rows_written(run_dir: Path, scope: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl with this scope; half a line at its end, which a kill leaves, is none."""
+    path = run_dir / "metrics.jsonl"
+    written = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
+    return [row for row in written if row["scope"] == scope]
+
+
 def last_round_seconds(run_dir: Path) -> float:
     """How long the newest finished round took; 0 where there is none."""
-    path = run_dir / "metrics.jsonl"
-    seconds = 0.0
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        if line.endswith("}") and (row := json.loads(line))["scope"] == "server":
-            seconds = float(row["metrics"]["seconds"])
-    return seconds
+    return float(next((row["metrics"]["seconds"] for row in reversed(rows_written(run_dir, "server"))), 0.0))
+
+
+def untrained(run_dir: Path, family: str, metric: str) -> float | None:
+    """The metric of the family's initial weights; None where round 0 has no such row."""
+    starts = [row for row in rows_written(run_dir, "eval") if row["round"] == 0 and row["family"] == family]
+    return starts[0]["metrics"].get(metric) if starts else None
 
 
 def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
@@ -156,6 +164,7 @@ def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
         "rounds": summary.get("rounds", rounds_kept(run_dir)),
         "num_rounds": job.config["federation"]["num_rounds"],
         "measured": summary[row.metric] if whole else None,
+        "untrained": untrained(run_dir, summary["report_family"], row.metric) if whole else None,
         "metrics": {name: summary[name] for name in KNN_AND_PROBE if name in summary} if whole else {},
         "seconds": summary.get("wall_seconds", 0.0),
     }

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -140,23 +141,20 @@ def lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> list[list[s
             percent(full["measured"]) if full and is_measured(full) else "",
             verdict(full),
             percent(beside["measured"]) if beside and is_measured(beside) else "",
-            percent(small["measured"]) if small and is_measured(small) else "",
+            _with_start(small) if small and is_measured(small) else "",
             f"{row.gpu_minutes:g}",
         ])  # fmt: skip
     return out
 
 
 HEAD = [
-    "row",
-    "what",
-    "published",
-    "tolerance",
-    "measured",
-    "verdict",
-    "centralised beside",
-    "shrunken, CPU",
-    "GPU min",
-]
+    "row", "what", "published", "tolerance", "measured", "verdict", "centralised beside", "CPU (untrained)", "GPU min",
+]  # fmt: skip
+
+
+def _with_start(result: Mapping[str, Any]) -> str:
+    starts = [run["untrained"] for run in result["runs"] if run["untrained"] is not None]
+    return percent(result["measured"]) + (f" ({percent(mean(starts))})" if starts else "")
 
 
 def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
