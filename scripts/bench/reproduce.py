@@ -8,8 +8,8 @@
 
 A row runs as `fedssl` would (grid=in_process), in WORK/<row>. An interruption of any kind, a kill too, costs the round
 it falls into; --seconds S starts no round after S seconds, nor one that would end later, as far as the last one tells.
-The result is written whenever the command ends: `measured` and `holds` are null until the row is whole, and `holds`
-always for a shrunken one.
+The result is written when a run begins and when the command ends: `measured` and `holds` are null until the row is
+whole, and `holds` always for a shrunken one.
 Exit codes: 0 whole; 1 whole, and the published number is missed; 2 bad input; 4 stopped by --seconds; 130 interrupted.
 """
 
@@ -193,7 +193,7 @@ def copy_of(config: Mapping[str, Any]) -> str:
     return "jpeg" if image["bytes"][:2] == b"\xff\xd8" else "as published"
 
 
-def result_of(row: Row, jobs: Sequence[Job], work: Path, *, shrunken: bool, seed: int) -> dict[str, Any]:
+def result_of(row: Row, table: Table, jobs: Sequence[Job], work: Path, *, shrunken: bool) -> dict[str, Any]:
     """What the JSON holds."""
     runs = [state_of(job, work / job.name, row) for job in jobs]
     values = [run["measured"] for run in runs]
@@ -210,7 +210,7 @@ def result_of(row: Row, jobs: Sequence[Job], work: Path, *, shrunken: bool, seed
         "what": row.what,
         "source": row.source,
         "shrunken": shrunken,
-        "overrides": [*row.overrides],
+        "overrides": effective(row, table, shrunken=shrunken),
         "metric": row.metric,
         "expected": row.expected,
         "tolerance": tolerance,
@@ -219,7 +219,7 @@ def result_of(row: Row, jobs: Sequence[Job], work: Path, *, shrunken: bool, seed
         "holds": holds,
         "runs": runs,
         "beside": row.beside,
-        "seed": seed,
+        "seed": jobs[0].config["seed"],
         "seconds": sum(run["seconds"] for run in runs),
         "data_sha256": began.get("data", {}),
         "hardware": began.get("hardware", {}),
@@ -237,9 +237,17 @@ def reproduce(
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    def written() -> dict[str, Any]:
+        result = result_of(row, table, jobs, work, shrunken=shrunken)
+        write_json(output, result)
+        return result
+
     code = OK
     try:
         for job in jobs:
+            written()  # a kill leaves this one
             left = None
             if seconds is not None:
                 left = seconds - (time.monotonic() - started) - last_round_seconds(work / job.name)
@@ -252,10 +260,7 @@ def reproduce(
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        result = result_of(row, jobs, work, shrunken=shrunken, seed=int(jobs[0].config["seed"]))
-        result["overrides"] = effective(row, table, shrunken=shrunken)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, result)
+        result = written()
     print(f"{row.name}: {_said(result)} ({output})")
     return MISSED if code == OK and result["holds"] is False else code
 
