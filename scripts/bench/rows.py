@@ -152,9 +152,15 @@ HEAD = [
 ]  # fmt: skip
 
 
-def _with_start(result: Mapping[str, Any]) -> str:
+def untrained(result: Mapping[str, Any]) -> float | None:
+    """The mean over its runs of what the network had before training."""
     starts = [run["untrained"] for run in result["runs"] if run["untrained"] is not None]
-    return percent(result["measured"]) + (f" ({percent(mean(starts))})" if starts else "")
+    return mean(starts) if starts else None
+
+
+def _with_start(result: Mapping[str, Any]) -> str:
+    start = untrained(result)
+    return percent(result["measured"]) + ("" if start is None else f" ({percent(start)})")
 
 
 def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -162,17 +168,18 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
     out = []
     for ordering in table.orderings:
         for shrunken in (False, True):
-            values = []
-            for name in ordering["rows"]:
-                result = results.get(table.row(name).file(shrunken))
-                values.append(result["measured"] if result and is_measured(result) else None)
+            found = [results.get(table.row(name).file(shrunken)) for name in ordering["rows"]]
+            known = [result for result in found if result and is_measured(result)]
+            values = [result["measured"] for result in known]
             chain = " < ".join(
-                f"{name} {percent(value)}".strip() for name, value in zip(ordering["rows"], values, strict=True)
+                f"{name} {percent(result['measured']) if result and is_measured(result) else ''}".strip()
+                for name, result in zip(ordering["rows"], found, strict=True)
             )
-            known = [value for value in values if value is not None]
-            said = "not measured"
-            if len(known) == len(values):
-                said = "holds" if all(a < b for a, b in pairwise(known)) else "does not hold"
+            said = "holds" if all(a < b for a, b in pairwise(values)) else "does not hold"
+            if len(known) < len(found):
+                said = "not measured"
+            elif idle := [r["name"] for r in known if r["measured"] <= (untrained(r) or 0)]:
+                said = f"says nothing, no better than untrained: {', '.join(idle)}"
             out.append(f"{ordering['what']}{' (shrunken, CPU)' if shrunken else ''}: {chain}: {said}")
     return out
 
