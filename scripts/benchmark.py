@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command sets it
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # on a machine where fedssl is not installed
 BENCHMARKS = ("overhead", "distill", "memory")
 
 
@@ -34,8 +35,16 @@ def hardware() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load": os.getloadavg(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("flwr", "numpy", "ray", "torch")},
+        "versions": {name: _version(name) for name in ("flwr", "numpy", "ray", "torch")},
     }
+
+
+def _version(name: str) -> str | None:
+    """None where it is not installed: not every benchmark needs each of them."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

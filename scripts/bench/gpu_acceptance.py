@@ -1,0 +1,283 @@
+"""What only a GPU can say, in a given time: GPU tests, benchmarks, and the next published rows that are not measured.
+
+  scripts/gpu_acceptance --seconds 540 --data DIR --out DIR
+  scripts/gpu_acceptance --dry --data DIR      a rehearsal on the CPU: tests are collected only, rows are shrunken
+
+Called again with the same --work it goes on where it was: rows go on from their checkpoints, and what has a result in
+--out, or in benchmarks/results, is not measured again. No part ends a later one: each is a process of its own with a
+limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB:
+acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them over),
+benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the sitting.
+
+The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
+3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
+that has the usual scientific packages (jaxtyping, jinja2, pandas, pillow, pyarrow, pyyaml, rich, safetensors,
+scikit-learn, tensorboard, pytest, pytest-timeout, hypothesis) and nothing of ours, carry these wheels, 11 MB for Python
+3.12 on x86-64 (measured; cryptography and pycryptodome are 8 of them):
+  flwr 1.42 (the plain package), hydra-core 1.3, omegaconf<2.4, antlr4-python3-runtime 4.9.3 (only a source: pip wheel),
+  grpcio-health-checking, cryptography, cffi, pycparser, pycryptodome, iterators; for the tests also beartype
+fetched by `pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64
+--platform manylinux2014_x86_64 -d wheels NAME` and installed there by
+`pip install --no-index --no-deps --target site wheels/*.whl`, with PYTHONPATH=site. fedssl itself is not installed.
+Exit codes: 0 every part ended well or ran out of time; 1 one did not; 2 bad input.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import rows
+from bench.rows import load_table, read_results
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+PARTS = ("tests", "benchmarks", "rows")
+BENCHMARKS = ("views", "train", "round", "distill", "probe", "flesd")  # overhead needs Ray, memory is the same anywhere
+SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left; rows have the rest
+STOPPED = 4  # of scripts/reproduce
+LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
+NEEDED = {  # module -> package, for whom
+    "flwr": "flwr: rows, tests",
+    "hydra": "hydra-core: rows, tests",
+    "omegaconf": "omegaconf<2.4: rows, tests",
+    "antlr4": "antlr4-python3-runtime==4.9.3: rows, tests",
+    "grpc_health": "grpcio-health-checking: flwr",
+    "cryptography": "cryptography: flwr",
+    "Crypto": "pycryptodome: flwr",
+    "iterators": "iterators: flwr",
+    "jaxtyping": "jaxtyping: rows, tests",
+    "pyarrow": "pyarrow: rows with parquet files",
+    "rich": "rich: rows",
+    "safetensors": "safetensors: rows",
+    "tensorboard": "tensorboard: rows",
+    "torchvision": "torchvision: rows",
+    "yaml": "pyyaml: rows",
+    "pytest": "pytest: tests",
+    "pytest_timeout": "pytest-timeout: tests",
+    "beartype": "beartype: tests",
+    "hypothesis": "hypothesis: tests",
+}
+TAIL = 8_000  # characters of each part's output that are kept
+MAX_LOG = 16 * 2**20
+
+
+@dataclass(kw_only=True)
+class Part:
+    """How one process ended."""
+
+    name: str
+    command: list[str]
+    code: int | None  # None: it was killed at its limit
+    interrupted: bool  # whether its limit came first
+    seconds: float
+    tail: str
+
+
+def missing() -> list[str]:
+    """Packages that are not there, with what needs them."""
+    return [text for module, text in NEEDED.items() if importlib.util.find_spec(module) is None]
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, and what is missing; whatever cannot be found out is named instead."""
+    found: dict[str, Any] = {"missing": missing(), "python": sys.version.split()[0]}
+    try:
+        from fedssl import tracking
+
+        found |= {
+            key: value
+            for key, value in tracking.manifest({}, data={}).items()
+            if key in ("started", "versions", "git", "hardware")
+        }
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def run(name: str, command: Sequence[str], limit: float, log: Path) -> Part:
+    """One process; at its limit it is interrupted, so that it can write what it has, and then killed."""
+    started = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=rows.ROOT, env=_environment()
+        )
+        code: int | None = None
+        interrupted = False
+        try:
+            code = process.wait(max(1.0, limit - LAST))
+        except subprocess.TimeoutExpired:
+            interrupted = True
+            _signal(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(LAST)
+        finally:
+            _signal(process, signal.SIGKILL)  # what it has started, too
+            process.wait()
+    tail = log.read_text(errors="replace")[-TAIL:]
+    seconds = time.monotonic() - started
+    return Part(name=name, command=list(command), code=code, interrupted=interrupted, seconds=seconds, tail=tail)
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(rows.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+class Acceptance:
+    """One sitting.
+
+    Args:
+        args: as parsed.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.table = load_table(args.rows)
+        self.names = args.names.split(",") if args.names else list(self.table.rows)
+        for name in self.names:
+            self.table.row(name)  # refuses one that there is not
+        self.deadline = time.monotonic() + args.seconds
+        self.parts: list[Part] = []
+        for folder in (args.out, args.work):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.results = args.work / "results"
+        self.results.mkdir(exist_ok=True)
+        self.machine = machine()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+    def __call__(self) -> int:
+        """All parts that were asked for; the exit code."""
+        self.write()
+        for part in PARTS:
+            if part in self.args.parts:
+                try:
+                    getattr(self, part)()
+                except Exception as error:  # a later part must have its turn
+                    self.note(part, f"{type(error).__name__}: {error}")
+        return int(any(part.code not in (0, STOPPED) and not part.interrupted for part in self.parts))
+
+    def tests(self) -> None:
+        """`pytest -m gpu`; in a rehearsal they are only collected, as they need a GPU."""
+        if lacking := [text for text in self.machine["missing"] if "tests" in text or "flwr" in text]:
+            self.note("tests", f"cannot run without {', '.join(lacking)}")
+            return
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        self.run("tests", [*command, *(["--collect-only"] if self.args.dry else [])], SHARES["tests"] * self.left)
+
+    def benchmarks(self) -> None:
+        """Those that say something here and have no result yet, within their share of the time."""
+        until = time.monotonic() + SHARES["benchmarks"] * self.left
+        for name in self.args.benchmarks.split(",") if self.args.benchmarks else BENCHMARKS:
+            there = (SCRIPTS / "bench" / f"{name}.py").is_file()
+            done = (self.results / f"benchmark-{name}.json").is_file()
+            if there and not done and until - time.monotonic() > LAST:
+                command = [sys.executable, str(SCRIPTS / "benchmark.py"), name]
+                log = self.run(f"benchmark {name}", command, until - time.monotonic())
+                with contextlib.suppress(ValueError):  # it did not come to its end
+                    text = log.read_text()
+                    result = json.loads(text[text.index("{") :])
+                    _write(self.results / f"benchmark-{name}.json", json.dumps(result, indent=2))
+                self.write()
+
+    def rows(self) -> None:
+        """The next ones without a result, in the table's order, until the time is up; one that fails is passed over."""
+        for name in self.names:
+            row = self.table.row(name)
+            known = read_results(self.table, *([] if self.args.dry else [rows.RESULTS]), self.results)
+            if rows.is_measured(known.get(row.file(self.args.dry))):
+                continue
+            if self.left < 2 * LAST:
+                return
+            command = [sys.executable, str(SCRIPTS / "reproduce"), name, "--rows", str(self.args.rows.resolve())]
+            command += ["--work", str(self.args.work.resolve()), "--seconds", str(round(self.left - 2 * LAST, 1))]
+            command += ["-o", str((self.results / row.file(self.args.dry)).resolve())]
+            command += ["--data", str(Path(self.args.data).resolve())] if self.args.data else []
+            self.run(f"row {name}", [*command, *(["--cpu"] if self.args.dry else [])], self.left)
+
+    def run(self, name: str, command: Sequence[str], limit: float) -> Path:
+        """One process, noted; its output."""
+        print(f"{name}: at most {limit:.0f} s of {self.left:.0f} s left", flush=True)
+        log = self.args.work / f"{name.replace(' ', '-')}.log"
+        part = run(name, command, limit, log)
+        self.parts.append(part)
+        print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}", flush=True)
+        self.write()
+        return log
+
+    def note(self, name: str, text: str) -> None:
+        """A part that did not come to be."""
+        print(f"{name}: {text}", flush=True)
+        self.parts.append(Part(name=name, command=[], code=2, interrupted=False, seconds=0.0, tail=text))
+        self.write()
+
+    def write(self) -> None:
+        """The small files, after every part: whatever ends this process, they are there."""
+        out = self.args.out
+        described = [{key: value for key, value in asdict(part).items() if key != "tail"} for part in self.parts]
+        left = {"dry": self.args.dry, "machine": self.machine, "parts": described}
+        _write(out / "acceptance.json", json.dumps(left, indent=2))
+        _write(out / "rows.json", json.dumps(read_results(self.table, self.results), indent=2))
+        benchmarks = {path.stem: json.loads(path.read_text()) for path in self.results.glob("benchmark-*.json")}
+        _write(out / "benchmarks.json", json.dumps(benchmarks, indent=2))
+        text = "\n".join(f"== {part.name}\n{part.tail}" for part in self.parts)
+        _write(out / "log.txt", text[-MAX_LOG // 4 :])  # a character has at most 4 bytes
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_acceptance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="for everything (%(default)s)")
+    parser.add_argument("--dry", action="store_true", help="rehearse on the CPU")
+    parser.add_argument("--data", metavar="DIR", help="data.root of the rows")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu_acceptance/out"), metavar="DIR", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/gpu_acceptance/work"), metavar="DIR", help="(%(default)s)"
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help="(%(default)s)")
+    parser.add_argument("--names", metavar="A,B", help="rows (default: all, in order)")
+    parser.add_argument("--benchmarks", metavar="A,B", help=f"(of {', '.join(BENCHMARKS)} those that there are)")
+    parser.add_argument("--rows", type=Path, default=rows.ROWS, metavar="FILE", help="(benchmarks/rows.yaml)")
+    args = parser.parse_args(argv)
+    args.parts = args.parts.split(",")
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--parts has {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if not args.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {args.seconds}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    args = parse(argv)
+    try:
+        return Acceptance(args)()
+    except ValueError as error:  # a ConfigError is one, and fedssl may not be importable
+        print(f"error: {error}", file=sys.stderr)
+        return 2

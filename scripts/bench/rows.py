@@ -1,0 +1,205 @@
+"""Published rows, their results and the table of both: shared by `scripts/reproduce` and `scripts/gpu_acceptance`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from fedssl.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "benchmarks" / "rows.yaml"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "benchmarks" / "published.md"
+BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One published number and the run that should give it; benchmarks/rows.yaml explains the fields."""
+
+    name: str
+    what: str
+    source: str
+    overrides: Sequence[str]
+    metric: str  # of summary.json
+    expected: float | None  # a fraction; None: nothing is published
+    tolerance: float | None
+    tolerance_jpeg: float | None
+    gpu_minutes: float
+    cpu: Sequence[str]
+    shards: Sequence[int] | None = None
+    beside: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.expected is None) != (self.tolerance is None) or (self.expected is None) != (
+            self.tolerance_jpeg is None
+        ):
+            raise ConfigError(f"row {self.name}: expected, tolerance and tolerance_jpeg are all numbers or all null")
+
+    def file(self, shrunken: bool) -> str:
+        """Name of its result."""
+        return f"reproduce-{self.name}{'-cpu' if shrunken else ''}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All rows, in the order in which they should be measured."""
+
+    rows: Mapping[str, Row]
+    cpu: Sequence[str]  # overrides of every shrunken row, before its own
+    orderings: Sequence[Mapping[str, Any]]  # what, rows: worst first
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        if name not in self.rows:
+            raise ConfigError(f"there is no row {name!r}; there are {', '.join(self.rows)} (benchmarks/rows.yaml)")
+        return self.rows[name]
+
+
+def load_table(path: Path = ROWS) -> Table:
+    """Read the rows.
+
+    Raises:
+        ConfigError: the file is missing, or a row lacks a key, has an unknown one or names a row that there is not.
+    """
+    try:
+        text = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the rows in {path}: {error}") from error
+    known = {field.name for field in fields(Row)}
+    rows: dict[str, Row] = {}
+    for entry in text["rows"]:
+        if unknown := entry.keys() - known:
+            raise ConfigError(f"{path}: row {entry.get('name')} has the unknown keys {sorted(unknown)}")
+        try:
+            row = Row(**entry)
+        except TypeError as error:
+            raise ConfigError(f"{path}: row {entry.get('name')}: {error}") from error
+        if row.name in rows:
+            raise ConfigError(f"{path} has two rows {row.name}")
+        rows[row.name] = row
+    table = Table(rows=rows, cpu=text["cpu"], orderings=text["orderings"])
+    for name in [row.beside for row in rows.values() if row.beside] + [n for o in table.orderings for n in o["rows"]]:
+        table.row(name)
+    return table
+
+
+def read_results(table: Table, *folders: Path) -> dict[str, dict[str, Any]]:
+    """The results of the table's rows by file name; of two folders that hold one, the last counts."""
+    names = {row.file(shrunken) for row in table.rows.values() for shrunken in (False, True)}
+    return {
+        path.name: json.loads(path.read_text())
+        for folder in folders
+        for path in sorted(folder.glob("reproduce-*.json"))
+        if path.name in names
+    }
+
+
+def is_measured(result: Mapping[str, Any] | None) -> bool:
+    """Whether a result is there and whole."""
+    return result is not None and result["measured"] is not None
+
+
+def verdict(result: Mapping[str, Any] | None) -> str:
+    """In words, of the full row."""
+    if result is None:
+        return "not measured"
+    if not is_measured(result):
+        return f"not measured ({progress(result)})"
+    return {True: "holds", False: "does not hold", None: "measured"}[result["holds"]]
+
+
+def progress(result: Mapping[str, Any]) -> str:
+    """How far an unfinished row is."""
+    done = sum(run["rounds"] for run in result["runs"])
+    return f"{done} of {sum(run['num_rounds'] for run in result['runs'])} rounds"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """One line a row: name, what, expected, tolerance, measured, verdict, centralised beside, shrunken, minutes."""
+    out = []
+    for row in table.rows.values():
+        full, small = results.get(row.file(False)), results.get(row.file(True))
+        beside = results.get(table.row(row.beside).file(False)) if row.beside else None
+        jpeg = full is not None and full["copy"] == "jpeg"
+        tolerance = row.tolerance_jpeg if jpeg else row.tolerance
+        out.append([
+            row.name,
+            row.what,
+            percent(row.expected),
+            "" if tolerance is None else f"±{percent(tolerance)}" + (" (JPEG)" if jpeg else ""),
+            percent(full["measured"]) if full and is_measured(full) else "",
+            verdict(full),
+            percent(beside["measured"]) if beside and is_measured(beside) else "",
+            _with_start(small) if small and is_measured(small) else "",
+            f"{row.gpu_minutes:g}",
+        ])  # fmt: skip
+    return out
+
+
+HEAD = [
+    "row", "what", "published", "tolerance", "measured", "verdict", "centralised beside", "CPU (untrained)", "GPU min",
+]  # fmt: skip
+
+
+def untrained(result: Mapping[str, Any]) -> float | None:
+    """The mean over its runs of what the network had before training."""
+    starts = [run["untrained"] for run in result["runs"] if run["untrained"] is not None]
+    return mean(starts) if starts else None
+
+
+def _with_start(result: Mapping[str, Any]) -> str:
+    start = untrained(result)
+    return percent(result["measured"]) + ("" if start is None else f" ({percent(start)})")
+
+
+def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence an ordering and size."""
+    out = []
+    for ordering in table.orderings:
+        for shrunken in (False, True):
+            found = [results.get(table.row(name).file(shrunken)) for name in ordering["rows"]]
+            known = [result for result in found if result and is_measured(result)]
+            values = [result["measured"] for result in known]
+            chain = " < ".join(
+                f"{name} {percent(result['measured']) if result and is_measured(result) else ''}".strip()
+                for name, result in zip(ordering["rows"], found, strict=True)
+            )
+            said = "holds" if all(a < b for a, b in pairwise(values)) else "does not hold"
+            if len(known) < len(found):
+                said = "not measured"
+            elif idle := [r["name"] for r in known if r["measured"] <= (untrained(r) or 0)]:
+                said = f"says nothing, no better than untrained: {', '.join(idle)}"
+            out.append(f"{ordering['what']}{' (shrunken, CPU)' if shrunken else ''}: {chain}: {said}")
+    return out
+
+
+def markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table and the orderings, as they stand between the markers of benchmarks/published.md."""
+    cells = [HEAD, ["---"] * len(HEAD), *lines(table, results)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    orderings = "\n".join(f"- {line}" for line in ordering_lines(table, results))
+    return f"{BEGIN}\n{text}\n\n{orderings}\n{END}"
+
+
+def rendered(page: str, table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """`page` with what stands between the markers written anew.
+
+    Raises:
+        ConfigError: it has no markers.
+    """
+    before, found, rest = page.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ConfigError(f"the page has no lines {BEGIN} and {END}")
+    return before + markdown(table, results) + after

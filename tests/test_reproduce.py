@@ -1,0 +1,469 @@
+"""Published rows: presets with the references' numbers, `scripts/reproduce`, `scripts/gpu_acceptance`, their table."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from PIL import Image
+
+from fedssl.config import check_values, compose
+from fedssl.errors import ConfigError
+from tests.federation_helpers import SMALL
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from bench import gpu_acceptance, reproduce, rows  # noqa: E402
+
+TABLE = rows.load_table()
+RESULTS = rows.read_results(TABLE, rows.RESULTS)
+
+COLOUR = {
+    "views.flip_probability": 0.5,
+    "views.jitter_probability": 0.8,
+    "views.grayscale_probability": 0.2,
+    "views.blur_probability": 0.0,
+    "views.colour": "exact",
+    "federation.families": ["resnet18"],
+    "federation.cohort_size": None,
+    "client.optimisation.warmup_steps": 0,
+    "evaluate.knn.k": 200,
+    "evaluate.knn.temperature": 0.1,
+}
+STRONG_JITTER = {"views.brightness": 0.8, "views.contrast": 0.8, "views.saturation": 0.8, "views.hue": 0.2}
+REFERENCE: dict[str, dict[str, Any]] = {
+    "fedema_cifar10": {
+        **COLOUR,
+        **STRONG_JITTER,
+        "data.num_images": None,
+        "partition._target_": "fedssl.data.partition.Classes",
+        "partition.classes_per_client": 2,
+        "federation.num_clients": 5,
+        "federation.num_rounds": 100,
+        "client.local_epochs": 5,
+        "client.batch_size": 128,
+        "client.optimisation.optimiser": "sgd",
+        "client.optimisation.lr": 0.032,
+        "client.optimisation.momentum": 0.9,
+        "client.optimisation.weight_decay": 5e-4,
+        "client.optimisation.schedule": "cosine_rounds",
+        "method._target_": "fedssl.methods.byol.BYOL",
+        "method.ema_decay": 0.99,
+        "method.predictor_dim": 4096,
+        "projector.hidden_dim": 4096,
+        "projector.out_dim": 2048,
+        "projector.batch_norm": True,
+        "views.crop_scale": [0.08, 1.0],
+        "views.mean": [0.0, 0.0, 0.0],
+        "views.std": [1.0, 1.0, 1.0],
+    },
+    "flesd_local": {
+        **COLOUR,
+        **STRONG_JITTER,
+        "partition._target_": "fedssl.data.partition.Dirichlet",
+        "partition.alpha": 1.0,
+        "federation.num_clients": 6,
+        "federation.num_rounds": 1,
+        "client.local_epochs": 200,
+        "client.batch_size": 1024,
+        "client.optimisation.optimiser": "adam",
+        "client.optimisation.lr": 1e-3,
+        "client.optimisation.weight_decay": 1e-6,
+        "client.optimisation.schedule": "constant",
+        "method._target_": "fedssl.methods.info_nce.InfoNCE",
+        "method.temperature": 0.4,
+        "projector.hidden_dim": None,
+        "projector.out_dim": 128,
+        "projector.batch_norm": False,
+        "views.crop_scale": [0.2, 1.0],
+        "views.mean": [0.5, 0.5, 0.5],
+        "views.std": [0.5, 0.5, 0.5],
+    },
+    "lightly_simclr": {
+        **COLOUR,
+        "federation.num_clients": 1,
+        "federation.num_rounds": 200,
+        "client.local_epochs": 1,
+        "client.batch_size": 512,
+        "client.optimisation.optimiser": "sgd",
+        "client.optimisation.lr": 0.06 * 512 / 128,
+        "client.optimisation.momentum": 0.9,
+        "client.optimisation.weight_decay": 5e-4,
+        "client.optimisation.schedule": "cosine_rounds",
+        "method._target_": "fedssl.methods.simclr.SimCLR",
+        "method.temperature": 0.5,
+        "projector.hidden_dim": None,
+        "projector.out_dim": 128,
+        "projector.batch_norm": True,
+        "views.crop_scale": [0.08, 1.0],
+        "views.brightness": 0.4,
+        "views.contrast": 0.4,
+        "views.saturation": 0.4,
+        "views.hue": 0.1,
+        "views.mean": [0.485, 0.456, 0.406],
+    },
+}
+
+
+def at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+@pytest.mark.parametrize("strategy", ["local_only", "fedema", "centralized", "flesd"])
+@pytest.mark.parametrize("experiment", REFERENCE)
+def test_a_preset_has_the_references_settings_with_any_strategy(experiment: str, strategy: str) -> None:
+    config = compose([f"experiment={experiment}", f"strategy={strategy}"])
+    assert {key: at(config, key) for key in REFERENCE[experiment]} == REFERENCE[experiment]
+
+
+# --- the table of rows ------------------------------------------------------------------------------------------------
+PUBLISHED = {
+    "flesd_local_cifar10": 0.726, "fedema_standalone": 0.7495, "lightly_simclr": 0.848, "fedema_fedbyol": 0.7944,
+    "fedema_fedu": 0.8052, "fedema_fedema": 0.8334, "fedema_centralized": 0.9046, "flesd_cifar100_a1_t2": 0.438,
+    "flesd_cifar100_a001_t2": 0.422, "flesd_cifar100_a1_t2_fedavg": 0.370, "flesd_cifar100_a1_t10_fedavg": 0.432,
+    "flesd_cifar100_a001_t10_fedavg": 0.448, "flesd_local_cifar100": 0.427,
+}  # fmt: skip
+
+
+def test_the_published_numbers_and_the_order_of_measuring() -> None:
+    assert {row.name: row.expected for row in TABLE.rows.values() if row.expected is not None} == PUBLISHED
+    assert list(TABLE.rows)[:7] == [
+        "flesd_local_cifar10", "fedema_standalone", "lightly_simclr",
+        "fedema20_standalone", "fedema20_fedbyol", "fedema20_fedema", "fedema20_flesd",
+    ]  # fmt: skip
+    assert all(row.tolerance_jpeg > row.tolerance for row in TABLE.rows.values() if row.tolerance is not None)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shrunken", [False, True])
+@pytest.mark.parametrize("name", TABLE.rows)
+def test_a_row_composes(name: str, shrunken: bool) -> None:
+    row = TABLE.row(name)
+    config = compose(reproduce.effective(row, TABLE, shrunken=shrunken))
+    check_values(config)
+    assert config["federation"]["families"] == (["conv4_16"] if shrunken else ["resnet18"])
+    assert config["grid"]["_target_"].endswith("InProcess")
+
+
+def test_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
+    text = rows.ROWS.read_text()
+    for before, after, message in (
+        ("gpu_minutes: 18 # 3 a shard", "gpu_minute: 18", "row flesd_local_cifar10 has the unknown keys.*gpu_minute"),
+        ("beside: lightly_simclr", "beside: lightly", "there is no row 'lightly'"),
+        ("expected: 0.726", "expected: null", "row flesd_local_cifar10: expected, tolerance"),
+        ("name: fedema_standalone", "name: lightly_simclr", "two rows lightly_simclr"),
+    ):
+        path = tmp_path / "rows.yaml"
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+        with pytest.raises(ConfigError, match=message):
+            rows.load_table(path)
+
+
+# --- tiny rows --------------------------------------------------------------------------------------------------------
+TINY = [o for o in SMALL if not o.startswith(("grid", "federation.families"))] + ["federation.families=[conv4_4]"]
+
+
+def tiny_row(name: str, *overrides: str, shards: list[int] | None = None, **fields: Any) -> dict[str, Any]:
+    return {
+        "name": name, "what": "a test", "source": "nowhere", "overrides": [*TINY, *overrides], "shards": shards,
+        "metric": "linear_top1", "expected": 0.5, "tolerance": 0.5, "tolerance_jpeg": 0.6, "gpu_minutes": 0,
+        "cpu": ["federation.num_rounds=2"],
+    } | fields  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A file of rows of a second each."""
+    entries = [
+        tiny_row("averaged", "strategy=fedavg", "federation.num_rounds=3"),
+        tiny_row("alone", "strategy=local_only", shards=[0, 2], beside="averaged"),
+        tiny_row("missed", "strategy=fedavg", "federation.num_rounds=1", expected=2.0, tolerance=0.1),
+        tiny_row("broken", "strategy=fedavg", metric="knn_top5"),
+    ]
+    path = tmp_path / "rows.yaml"
+    orderings = [{"what": "test", "rows": ["alone", "averaged"]}]
+    path.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": entries, "orderings": orderings}))
+    return path
+
+
+def measure(tiny: Path, name: str, work: str, *more: str) -> tuple[int, dict[str, Any]]:
+    output = tiny.parent / f"{work}-{name}.json"
+    arguments = [name, "--rows", str(tiny), "--work", str(tiny.parent / work), "-o", str(output), *more]
+    code = reproduce.main(arguments)
+    return code, json.loads(output.read_text()) if output.exists() else {}
+
+
+def without_clock(result: dict[str, Any]) -> dict[str, Any]:
+    runs = [{key: value for key, value in run.items() if key != "seconds"} for run in result["runs"]]
+    return {**{key: value for key, value in result.items() if key != "seconds"}, "runs": runs}
+
+
+def test_a_row_that_was_stopped_and_killed_has_the_result_of_one_that_was_not(tiny: Path) -> None:
+    code, whole = measure(tiny, "averaged", "whole")
+    assert code == reproduce.OK
+    assert whole["holds"] is True
+    assert [run["rounds"] for run in whole["runs"]] == [3]
+    assert 0 < whole["runs"][0]["untrained"] != whole["measured"]
+
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce"), "averaged", "--rows", str(tiny)]
+    command += ["--work", str(tiny.parent / "killed"), "-o", str(tiny.parent / "killed-averaged.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    run_dir = tiny.parent / "killed" / "averaged" / "run"
+    deadline = time.monotonic() + 120
+    while reproduce.rounds_kept(run_dir) < 1 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert reproduce.rounds_kept(run_dir) >= 1
+    assert json.loads((tiny.parent / "killed-averaged.json").read_text())["measured"] is None  # as it began
+
+    code, stopped = measure(tiny, "averaged", "killed", "--seconds", "0.001")
+    assert code == reproduce.STOPPED
+    assert (stopped["measured"], stopped["holds"]) == (None, None)
+    assert 1 <= stopped["runs"][0]["rounds"] < 3
+    assert stopped["runs"][0]["status"] in ("interrupted", "stopped")
+    code, resumed = measure(tiny, "averaged", "killed")
+    assert code == reproduce.OK
+    assert without_clock(resumed) == without_clock(whole)
+    assert measure(tiny, "averaged", "killed") == (reproduce.OK, resumed)  # nothing is run again
+
+
+def test_a_row_of_shards_is_the_mean_of_runs_on_the_partitions_of_the_whole(tiny: Path) -> None:
+    code, alone = measure(tiny, "alone", "work")
+    assert code == reproduce.OK
+    assert [run["shard"] for run in alone["runs"]] == [0, 2]
+    assert alone["measured"] == pytest.approx(sum(run["measured"] for run in alone["runs"]) / 2)
+    assert alone["beside"] == "averaged"
+    from fedssl.federation.setup import Setup
+
+    row = rows.load_table(tiny).row("alone")
+    whole = Setup(compose([*row.overrides, "grid=in_process"])).data
+    for shard in (0, 2):
+        run_dir = tiny.parent / "work" / "alone" / f"shard-{shard}"
+        own = Setup(yaml.safe_load((run_dir / "config.yaml").read_text()), run_dir).data
+        assert [list(part) for part in own.partitions] == [list(whole.partitions[shard])]
+
+
+def test_what_a_result_holds(tiny: Path) -> None:
+    code, full = measure(tiny, "missed", "work")
+    assert code == reproduce.MISSED
+    assert full["holds"] is False
+    code, shrunken = measure(tiny, "missed", "work", "--cpu")
+    assert code == reproduce.OK
+    assert (shrunken["shrunken"], shrunken["holds"]) == (True, None)
+    assert shrunken["runs"][0]["num_rounds"] == 2  # what `cpu` says, instead of the row's own
+    keys = {
+        "name", "what", "source", "shrunken", "overrides", "metric", "expected", "tolerance", "copy", "measured",
+        "holds", "runs", "beside", "seed", "seconds", "data_sha256", "hardware", "commit", "versions",
+    }  # fmt: skip
+    assert full.keys() == shrunken.keys() == keys
+    assert {len(digest) for digest in full["data_sha256"].values()} == {64}
+    assert full["hardware"]["cores"] >= 1
+    assert full["versions"]["torch"]
+    assert full["copy"] == "as published"
+
+
+def test_a_jpeg_copy_has_a_tolerance_of_its_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "copy_of", lambda config: "jpeg")
+    _, result = measure(tiny, "averaged", "work")
+    assert (result["copy"], result["tolerance"]) == ("jpeg", 0.6)
+
+
+@pytest.mark.parametrize(("kind", "copy"), [("JPEG", "jpeg"), ("PNG", "as published")])
+def test_a_jpeg_copy_is_known_by_its_bytes(tmp_path: Path, kind: str, copy: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (10, 200, 30)).save(buffer, kind)
+    (tmp_path / "cifar10").mkdir()
+    column = pyarrow.array([{"bytes": buffer.getvalue(), "path": ""}])
+    table = pyarrow.table({"img": column, "label": [0]})
+    pyarrow.parquet.write_table(table, tmp_path / "cifar10" / "train-00000-of-00001.parquet")
+    assert reproduce.copy_of(compose(["data=cifar10", f"data.root={tmp_path}"])) == copy
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+def test_bad_input_ends_with_2(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: str) -> str:
+        capsys.readouterr()
+        assert reproduce.main([*arguments, "--work", str(tiny.parent / "refused")]) == 2
+        return capsys.readouterr().err
+
+    assert "there is no row 'fedema_fedprox'; there are flesd_local_cifar10" in refused("fedema_fedprox")
+    assert "name a row" in refused()
+    assert "--seconds must be above 0" in refused("averaged", "--rows", str(tiny), "--seconds", "0")
+    assert "cannot read the rows" in refused("averaged", "--rows", str(tiny.parent / "none.yaml"))
+    assert "no metric 'knn_top5'" in refused("broken", "--rows", str(tiny), "-o", str(tiny.parent / "broken.json"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch sees no GPU here, and fedema_fedu would take days" in refused("fedema_fedu")
+    (tiny.parent / "brought.json").write_text('{"reproduce-nothing.json": {}}')
+    assert "which is of no row" in refused("--add", str(tiny.parent / "brought.json"))
+
+
+def test_a_row_that_changed_since_does_not_go_on(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(tiny, "averaged", "work")[0] == reproduce.OK
+    tiny.write_text(tiny.read_text().replace("client.batch_size=8", "client.batch_size=16"))
+    assert measure(tiny, "averaged", "work")[0] == 2
+    assert "holds a run with another client" in capsys.readouterr().err
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+def test_the_list_shows_what_is_measured_and_what_is_not(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent / "results")
+    row = rows.load_table(tiny).row("averaged")
+    assert reproduce.main(["--list", "--rows", str(tiny)]) == 0
+    assert capsys.readouterr().out.count("not measured") == 4 + 2  # rows; the ordering, twice
+    output = tiny.parent / "results" / row.file(False)
+    code = reproduce.main(["averaged", "--rows", str(tiny), "--work", str(tiny.parent / "w"), "-o", str(output)])
+    assert code == 0
+    capsys.readouterr()
+    assert reproduce.main(["--list", "--rows", str(tiny)]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    measured = rows.percent(json.loads(output.read_text())["measured"])
+    [line] = [line for line in listed if line.startswith("averaged")]
+    assert measured in line
+    assert "holds" in line
+    [beside] = [line for line in listed if line.startswith("alone")]
+    assert "not measured" in beside
+    assert measured in beside
+
+
+def test_results_are_added_to_the_table(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    _, result = measure(tiny, "averaged", "work")
+    folder = tiny.parent / "results"
+    folder.mkdir()
+    monkeypatch.setattr(rows, "RESULTS", folder)
+    brought = {
+        "reproduce-averaged.json": result,
+        "reproduce-alone.json": {**result, "measured": None},
+    }
+    (tiny.parent / "brought.json").write_text(json.dumps(brought))
+    assert reproduce.main(["--add", str(tiny.parent / "brought.json"), "--rows", str(tiny)]) == 0
+    assert [path.name for path in folder.iterdir()] == ["reproduce-averaged.json"]
+    assert "reproduce-alone.json: unfinished, left out" in capsys.readouterr().out
+
+
+def test_an_ordering_is_judged_strictly() -> None:
+    results = {
+        TABLE.row(name).file(True): {"name": name, "measured": value, "runs": [{"untrained": 0.2}]}
+        for name, value in (("fedema20_standalone", 0.3), ("fedema20_fedbyol", 0.4), ("fedema20_fedema", 0.4))
+    }
+    said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
+    assert said[0].endswith("fedema20_fedema 40.00: does not hold")
+    results[TABLE.row("fedema20_fedema").file(True)]["measured"] = 0.41
+    said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
+    assert said[0].endswith("fedema20_fedema 41.00: holds")
+    results[TABLE.row("fedema20_fedbyol").file(True)]["runs"] = [{"untrained": 0.4}]
+    said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
+    assert said[0].endswith(": says nothing, no better than untrained: fedema20_fedbyol")
+
+
+def test_the_page_agrees_with_the_results() -> None:
+    page = rows.PAGE.read_text()
+    assert rows.rendered(page, TABLE, RESULTS) == page, "scripts/reproduce --table writes it anew"
+
+
+@pytest.mark.parametrize("name", sorted(RESULTS))
+def test_a_committed_result_is_of_the_row_as_it_is_now(name: str) -> None:
+    result = RESULTS[name]
+    row = TABLE.row(result["name"])
+    assert name == row.file(result["shrunken"])
+    assert result["overrides"] == reproduce.effective(row, TABLE, shrunken=result["shrunken"])
+    assert (result["metric"], result["expected"]) == (row.metric, row.expected)
+    values = [run["measured"] for run in result["runs"]]
+    assert result["measured"] == pytest.approx(sum(values) / len(values))
+    if result["shrunken"] or row.expected is None:
+        assert result["holds"] is None
+    else:
+        tolerance = row.tolerance_jpeg if result["copy"] == "jpeg" else row.tolerance
+        assert result["holds"] == (abs(result["measured"] - row.expected) <= (tolerance or 0))
+
+
+# --- scripts/gpu_acceptance -------------------------------------------------------------------------------------------
+def accept(tiny: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    out = tiny.parent / "out"
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_acceptance"), "--dry", "--rows", str(tiny)]
+    command += ["--out", str(out), "--work", str(tiny.parent / "acceptance"), *more]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=False
+    )
+    files = {path.name: path for path in out.iterdir()}
+    assert files.keys() == {"acceptance.json", "benchmarks.json", "rows.json", "log.txt"}, done.stderr
+    assert all(path.stat().st_size <= 16 * 2**20 for path in files.values())
+    return done.returncode, {name: json.loads(files[f"{name}.json"].read_text()) for name in ("acceptance", "rows")}
+
+
+def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: Path) -> None:
+    code, left = accept(tiny, "--parts", "rows", "--names", "broken,averaged,alone", "--seconds", "200")
+    assert code == 1  # of the broken one
+    parts = {part["name"]: part["code"] for part in left["acceptance"]["parts"]}
+    assert parts == {"row broken": 2, "row averaged": 0, "row alone": 0}
+    assert all(result["shrunken"] for result in left["rows"].values())
+    measured = {result["name"]: result["measured"] is not None for result in left["rows"].values()}
+    assert measured == {"broken": False, "averaged": True, "alone": True}
+    assert left["acceptance"]["machine"]["hardware"]["cores"] >= 1
+
+    code, left = accept(tiny, "--parts", "rows", "--names", "averaged,alone", "--seconds", "100")
+    assert code == 0
+    assert left["acceptance"]["parts"] == []  # both are measured
+
+
+def test_a_row_that_outlasts_the_sitting_writes_how_far_it_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_acceptance, "LAST", 15.0)
+    entry = tiny_row("endless", "strategy=fedavg", "client.local_epochs=1000000")
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+    assert gpu_acceptance.main([*arguments, "--parts", "rows", "--seconds", "60"]) == 0
+    [part] = json.loads((tiny.parent / "o" / "acceptance.json").read_text())["parts"]
+    assert (part["interrupted"], part["code"]) == (True, reproduce.INTERRUPTED)
+    result = json.loads((tiny.parent / "o" / "rows.json").read_text())["reproduce-endless-cpu.json"]
+    assert (result["measured"], result["runs"][0]["status"], result["runs"][0]["rounds"]) == (None, "stopped", 0)
+
+
+def test_a_sitting_without_time_leaves_its_files(tiny: Path) -> None:
+    code, left = accept(tiny, "--parts", "rows", "--seconds", "5")
+    assert (code, left["rows"], left["acceptance"]["parts"]) == (0, {}, [])
+
+
+def test_a_part_is_ended_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    inner = f"import os, time, pathlib; pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    part = gpu_acceptance.run("sleeper", [sys.executable, "-c", outer], gpu_acceptance.LAST + 3, tmp_path / "log")
+    assert part.interrupted
+    assert part.seconds < gpu_acceptance.LAST + 3
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{marker.read_text()}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{marker.read_text()}").exists()
+
+
+def test_gpu_tests_are_not_tried_without_what_they_need(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_acceptance, "NEEDED", {"no_such_module": "no-such-package: tests"})
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+    assert gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", "30"]) == 1
+    left = json.loads((tiny.parent / "o" / "acceptance.json").read_text())
+    assert left["machine"]["missing"] == ["no-such-package: tests"]
+    assert "cannot run without no-such-package" in (tiny.parent / "o" / "log.txt").read_text()
+
+
+def test_unknown_parts_and_rows_end_with_2(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_acceptance.main(["--parts", "fun"])
+    assert ended.value.code == 2
+    arguments = ["--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w"), "--rows", str(tiny)]
+    assert gpu_acceptance.main([*arguments, "--names", "nothing"]) == 2
+    assert "there is no row 'nothing'" in capsys.readouterr().err
