@@ -421,6 +421,7 @@ def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: P
     assert left["acceptance"]["parts"] == []  # both are measured
 
 
+@pytest.mark.slow
 def test_a_row_that_outlasts_the_sitting_writes_how_far_it_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_acceptance, "LAST", 15.0)
     entry = tiny_row("endless", "strategy=fedavg", "client.local_epochs=1000000")

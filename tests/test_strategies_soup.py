@@ -13,7 +13,7 @@ from torch import Tensor
 from fedssl.errors import ConfigError
 from fedssl.federation import simulation
 from fedssl.federation.arrays import to_record
-from fedssl.federation.records import Upload
+from fedssl.federation.records import Upload, load_state
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.models import evaluating
@@ -94,7 +94,9 @@ def test_the_score_is_of_one_view_and_the_plain_image(tmp_path: Path) -> None:
     view, plain = setup.views(pixels, generator(0, "soup views", 1)), setup.views.plain(pixels)
     scores = []
     for reply in replies:
-        model = strategy.model(Upload.from_message(reply))
+        upload = Upload.from_message(reply)
+        model = setup.build_model(upload.header.family)
+        load_state(model, strategy.state(upload))
         with torch.no_grad(), evaluating(model):
             a, b = (torch.nn.functional.normalize(model.backbone(x).double(), dim=1) for x in (view, plain))
         nearest_other = (b @ b.T).fill_diagonal_(-2).amax(dim=1)
