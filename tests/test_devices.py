@@ -72,6 +72,8 @@ def test_seconds_are_latency_links_and_compute(straggler: bool, speed: Any, expe
         "distill_image_passes": 100.0,
         "seconds": 5.0,
         "distill_seconds": 2.0,
+        "report_seconds": 99.0,
+        "report_image_passes": 99.0,
         "loss": 9.0,
     }
     devices = dataclasses.replace(DEVICES, images_per_second=speed)
@@ -84,7 +86,7 @@ def test_seconds_are_latency_links_and_compute(straggler: bool, speed: Any, expe
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_seconds_that_cannot_be_are_refused(value: float) -> None:
     """A client could make the round's time NaN, or come early by a negative effort."""
-    for speed, name in ((100.0, "report_image_passes"), (None, "seconds")):
+    for speed, name in ((100.0, "distill_image_passes"), (None, "seconds")):
         devices = dataclasses.replace(DEVICES, images_per_second=speed)
         with pytest.raises(PayloadError, match=f"it declares {name}="):
             devices.seconds(downlink_bytes=1, uplink_bytes=1, metrics={name: value}, family="tiny", straggler=False)

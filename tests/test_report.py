@@ -425,6 +425,35 @@ def test_nothing_to_compare_is_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("summary.json", "families", [1]), ("summary.json", "seed", [1]), ("metrics.jsonl", "metrics", [1])],
+)
+def test_files_that_hold_something_else_are_a_broken_run(file: str, key: str, value: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "good", seed=0)
+    make_run(tmp_path / "other", seed=1)
+    path = tmp_path / "other" / file
+    if file == "metrics.jsonl":
+        lines = [{**json.loads(line), key: value} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        held = yaml.safe_load(path.read_text())
+        path.write_text(json.dumps({**held, key: value}))
+    runs, broken = find_runs([tmp_path])
+    assert [run.path.name for run in runs] == ["good"]
+    assert "other holds something else than a run" in broken[tmp_path / "other"]
+
+
+def test_what_simulated_seconds_are_of_is_said(tmp_path: Path) -> None:
+    devices = {"_target_": "fedssl.federation.devices.Devices", "uplink_mbps": 10, "deadline_s": None}
+    for seed in (0, 1):
+        make_run(tmp_path / str(seed), seed=seed, config={"federation": {"devices": devices}})
+        summary = json.loads((tmp_path / str(seed) / "summary.json").read_text())
+        (tmp_path / str(seed) / "summary.json").write_text(json.dumps({**summary, "simulated_seconds": 12.0}))
+    text = compare([tmp_path], tmp_path / "out").markdown()
+    assert text.count("as federation.devices says: deadline_s=None, uplink_mbps=10.") == 1
+
+
 def test_only_broken_runs_is_an_error_that_names_them(tmp_path: Path) -> None:
     (make_run(tmp_path / "a") / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=r"No run in .*\nskipped: .*summary\.json cannot be read"):

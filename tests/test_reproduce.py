@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,8 @@ def test_a_jpeg_copy_has_a_tolerance_of_its_own(tiny: Path, monkeypatch: pytest.
     monkeypatch.setattr(reproduce, "copy_of", lambda config: "jpeg")
     _, result = measure(tiny, "averaged", "work")
     assert (result["copy"], result["tolerance"]) == ("jpeg", 0.6)
+    monkeypatch.setattr(reproduce, "copy_of", lambda config: "as published")  # as another --data would be
+    assert measure(tiny, "averaged", "work")[1] == result
 
 
 @pytest.mark.parametrize(("kind", "copy"), [("JPEG", "jpeg"), ("PNG", "as published")])
@@ -294,6 +297,28 @@ def test_a_jpeg_copy_is_known_by_its_bytes(tmp_path: Path, kind: str, copy: str)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+def test_shards_of_different_images_are_no_row(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure(tiny, "alone", "work")
+    manifest = next((tiny.parent / "work").glob("*/*2*/manifest.json"), None)
+    manifest = manifest or sorted((tiny.parent / "work").rglob("manifest.json"))[-1]
+    said = json.loads(manifest.read_text())
+    said["data"] = dict.fromkeys(said["data"], "0" * 64)
+    manifest.write_text(json.dumps(said))
+    capsys.readouterr()
+    assert measure(tiny, "alone", "work")[0] == 2
+    assert "were trained on different images" in capsys.readouterr().err
+
+
+def test_parts_that_went_well() -> None:
+    def part(name: str, code: int | None, interrupted: bool = False) -> gpu_acceptance.Part:
+        return gpu_acceptance.Part(name=name, command=[], code=code, interrupted=interrupted, seconds=0.0, tail="")
+
+    assert part("row alone", 4).went_well
+    assert part("tests", None, interrupted=True).went_well
+    assert not part("tests", 4).went_well  # pytest could not start
+    assert not part("row alone", 2).went_well
+
+
 def test_bad_input_ends_with_2(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: str) -> str:
         capsys.readouterr()
@@ -419,6 +444,11 @@ def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: P
     code, left = accept(tiny, "--parts", "rows", "--names", "averaged,alone", "--seconds", "100")
     assert code == 0
     assert left["acceptance"]["parts"] == []  # both are measured
+
+    shutil.rmtree(tiny.parent / "acceptance")  # another machine, with what came back from the first
+    code, again = accept(tiny, "--parts", "rows", "--names", "averaged,alone", "--seconds", "100")
+    assert (code, again["acceptance"]["parts"]) == (0, [])
+    assert again["rows"] == left["rows"]
 
 
 @pytest.mark.slow

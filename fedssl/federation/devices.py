@@ -6,7 +6,8 @@ The simulation itself is not slowed down. What a round would have taken is compu
     seconds of a round = the slowest client's, or the deadline where one was late, and the server's as measured
 
 Every client has a link of its own; the server's is not the limit. A client computes what its upload states: its
-training and, where it has one, its distillation. It embeds the public set, encodes and probes in no time.
+training and, where it has one, its distillation. A late client keeps what it remembers, so a deadline costs
+`local_only` nothing. It embeds the public set, encodes and probes in no time.
 
 Every draw depends on the seed, the round and the client alone: runs of several strategies with one seed meet the same
 stragglers and miss the same clients.
@@ -129,9 +130,14 @@ class Devices:
 
 
 def _stated(metrics: Mapping[str, object], name: str) -> float:
-    """The sum of what a client states as `name`, of all its phases."""
+    """The sum of what a client states as `name`, of all its phases but `report_*`.
+
+    That is the report family's model, which `local_only` trains for the comparison's sake.
+    """
     total = 0.0
     for key, value in metrics.items():
+        if key.startswith("report_"):
+            continue
         if (key == name or key.endswith(f"_{name}")) and isinstance(value, int | float):
             if not 0 <= value < math.inf:
                 raise PayloadError(f"it declares {key}={value}")

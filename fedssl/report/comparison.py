@@ -213,8 +213,21 @@ def _section_notes(section: Section, against: str | None) -> list[str]:
             f"Gap recovered: ({METRICS[GAP_METRIC]} − {LOCAL}) / ({CENTRAL} − {LOCAL}) of the same seed and setting; "
             f"where the two are close it is noise."
         )
+    notes += _simulated_note(section)
     said = dict.fromkeys((group.label, note) for group in section.groups for run in group.runs for note in run.notes)
     return notes + [f"{label}: {note}." for label, note in said]
+
+
+def _simulated_note(section: Section) -> list[str]:
+    """What simulated seconds are of, once for each setting of the devices."""
+    if not any(_totals(group, "simulated_seconds") for group in section.groups):
+        return []
+    found = [(run.config.get("federation") or {}).get("devices") or {} for run in section.runs]
+    texts = [", ".join(f"{k}={v}" for k, v in devices.items() if k != "_target_") for devices in found if devices]
+    return [
+        f"Simulated: bytes over each client's link, plus its training, as federation.devices says: {text}."
+        for text in dict.fromkeys(texts)
+    ]
 
 
 def _paired(section: Section, against: str | None) -> tuple[str, Table, str] | None:

@@ -250,7 +250,7 @@ def read_run(path: Path) -> Run:
     config = _read(path / "config.yaml", yaml.safe_load)
     if not isinstance(config, dict):
         raise DataError(f"{path / 'config.yaml'} is missing or holds no mapping.")
-    return Run(
+    run = Run(
         path=path,
         config=config,
         summary=_mapping(path / "summary.json"),
@@ -259,6 +259,11 @@ def read_run(path: Path) -> Run:
         partition=_read_partition(path / "partition.npz"),
         public_map=_read_public_map(path / "public_map.npz"),
     )
+    try:  # files may be whole and hold something else
+        _ = {run.seed}, run.final(), run.controls(), run.server, run.clients, run.choices, run.setting
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path} holds something else than a run ({type(error).__name__}: {error}).") from error
+    return run
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:

@@ -193,18 +193,37 @@ def copy_of(config: Mapping[str, Any]) -> str:
     return "jpeg" if image["bytes"][:2] == b"\xff\xd8" else "as published"
 
 
+def settled_copy(jobs: Sequence[Job], work: Path) -> str:
+    """`copy_of` the images that the row began with: a later call may name others, when all is trained."""
+    path = work / "copy"
+    if not path.is_file():
+        path.write_text(copy_of(jobs[0].config))
+    return path.read_text()
+
+
+def _images(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 by image set, without the public set, which may be drawn anew."""
+    return {name: digest for name, digest in (manifest.get("data") or {}).items() if name != "public set"}
+
+
 def result_of(row: Row, table: Table, jobs: Sequence[Job], work: Path, *, shrunken: bool) -> dict[str, Any]:
     """What the JSON holds."""
     runs = [state_of(job, work / job.name, row) for job in jobs]
     values = [run["measured"] for run in runs]
     measured = mean(values) if None not in values else None
-    copy = copy_of(jobs[0].config)
+    copy = settled_copy(jobs, work)
     tolerance = row.tolerance_jpeg if copy == "jpeg" else row.tolerance
     holds = None
     if not shrunken and measured is not None and row.expected is not None and tolerance is not None:
         holds = abs(measured - row.expected) <= tolerance
     manifests = [work / job.name / "manifest.json" for job in jobs]
-    began = next((json.loads(path.read_text()) for path in manifests if path.is_file()), {})
+    found = [json.loads(path.read_text()) for path in manifests if path.is_file()]
+    began = found[0] if found else {}
+    if any(_images(manifest) != _images(began) for manifest in found):
+        raise ConfigError(
+            f"the runs in {work} were trained on different images (sha256 in their manifest.json): delete those of the "
+            f"wrong copy, or name another folder with --work."
+        )
     return {
         "name": row.name,
         "what": row.what,
