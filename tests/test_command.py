@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {  # overrides, and what the m
     "group left out": (["~grid"], ["the configuration has no grid"]),
     "unknown experiment": (
         ["experiment=cifar10_smal"],
-        ["experiment=cifar10_smal: there is no such choice. experiment may be cifar10_resnet18, cifar10_small, fedema_cifar10, flesd"],
+        ["experiment=cifar10_smal: there is no such choice. experiment may be cifar10_resnet18, cifar10_small, "],
     ),
     "key of one's own": (["+foo=1"], ["there is no key foo. There are seed, device,"]),
     "group of one's own": (["+uplink=similarity"], ["there is no key uplink. There are seed,"]),
