@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fedssl.errors import ConfigError
 from fedssl.federation.per_family import PerFamily
-from fedssl.federation.records import Upload, load_state
+from fedssl.federation.records import Upload
 from fedssl.federation.server import Server
 from fedssl.federation.weights import mean_weights
 from fedssl.models import evaluating
@@ -95,9 +95,7 @@ class Soup(PerFamily):
 
     def score(self, family: str, uploads: Sequence[Upload]) -> float:
         """The label-free score of the uploads' average on this round's views."""
-        model = self.server.build_model(family)
-        load_state(model, average(uploads))
-        backbone = model.backbone.to(self.server.device)
+        backbone = self.server.model(family, average(uploads)).backbone
         with torch.no_grad(), evaluating(backbone):
             features = [(backbone(views), backbone(images)) for views, images in self.pairs]
         views, images = (torch.cat(part) for part in zip(*features, strict=True))

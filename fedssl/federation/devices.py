@@ -6,10 +6,10 @@ The simulation itself is not slowed down. What a round would have taken is compu
     seconds of a round = the slowest client's, or the deadline where one was late, and the server's as measured
 
 Every client has a link of its own; the server's is not the limit. A client computes what its upload states: its
-training and, where it has one, its distillation. A late client keeps what it remembers, so a deadline costs
-`local_only` nothing. It embeds the public set, encodes and probes in no time.
+training and, where it has one, its distillation. It embeds the public set, encodes and probes in no time. One that is
+late keeps what it remembers, so a deadline costs `local_only` nothing.
 
-Every draw depends on the seed, the round and the client alone: runs of several strategies with one seed meet the same
+Draws do not depend on the strategy: runs of several strategies with one seed and the same clients meet the same
 stragglers and miss the same clients.
 """
 

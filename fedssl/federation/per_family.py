@@ -14,7 +14,7 @@ from torch import Tensor
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation.arrays import read_array
 from fedssl.federation.global_models import GlobalModels
-from fedssl.federation.records import Upload, family_arrays, family_state, load_state, to_arrays, to_metrics
+from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, check_finite, read_uploads
 from fedssl.federation.weights import check_fit, check_values, check_weights
 from fedssl.models import Model
@@ -101,9 +101,7 @@ class Teachers(WeightUploads):
 
     def model(self, upload: Upload) -> Model:
         """The model that a client sent, on the server's device."""
-        model = self.server.build_model(upload.header.family)
-        load_state(model, self.state(upload))
-        return model.to(self.server.device)
+        return self.server.model(upload.header.family, self.state(upload))
 
 
 class PerFamily(WeightUploads):

@@ -80,8 +80,12 @@ class Server:
 
     def load(self, arrays: ArrayRecord, family: str) -> Model:
         """The model of `family` with its weights in `arrays`, on the server's device."""
+        return self.model(family, family_state(arrays, family))
+
+    def model(self, family: str, state: Mapping[str, Tensor]) -> Model:
+        """The same with its weights by parameter name."""
         model = self.build_model(family)
-        load_state(model, family_state(arrays, family))
+        load_state(model, state)
         return model.to(self.device)
 
     def sample_cohort(self, round_num: int, grid: Grid) -> list[Member]:
