@@ -18,6 +18,7 @@ from torch import Tensor
 from fedssl.errors import PayloadError, TooFewRepliesError
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from fedssl.federation.records import Upload, family_state, load_state, num_bytes
+from fedssl.federation.replies import KeptReplies
 from fedssl.federation.roster import Member, ask_roster
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
@@ -87,6 +88,7 @@ def gather(
     on_reply: Callable[[int, Message], None] = lambda partition, reply: None,
     simulate: Callable[[Member, Message, Message], float] | None = None,
     deadline_s: float | None = None,
+    kept: KeptReplies | None = None,
 ) -> Gathered:
     """Send `messages`, wait for the replies, sort them by partition and name what is missing.
 
@@ -98,6 +100,7 @@ def gather(
         on_reply: called with partition and reply as they come.
         simulate: client, message and reply -> the simulated seconds in between.
         deadline_s: simulated seconds after which a reply is late; it was sent, so its bytes count.
+        kept: where replies outlive this process; what it has is not asked for again, and counts as if it had been.
     """
     messages = list(messages)
     gathered = Gathered()
@@ -105,35 +108,49 @@ def gather(
         return gathered
     members = {member.node_id: member for member in ask_roster(grid).values()}
     deadline = None if timeout is None else time.monotonic() + timeout
-    ids = list(grid.push_messages(messages))
-    waiting = {
-        message_id: (members[message.metadata.dst_node_id], message)
-        for message_id, message in zip(ids, messages, strict=True)
-    }
     gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
     usable: dict[int, Message] = {}
+
+    def arrived(member: Member, sent: Message, reply: Message) -> bool:
+        """Sort one reply in; whether it is usable."""
+        partition = member.partition_id
+        gathered.uplink_bytes += num_bytes(reply)
+        on_reply(partition, reply)
+        if reply.has_error():
+            gathered.failures.append(Failure(partition=partition, kind="failed", reason=str(reply.error.reason)))
+            return False
+        try:
+            _check_sender(reply, member)
+            if simulate is not None:
+                seconds = gathered.simulated[partition] = simulate(member, sent, reply)
+                if deadline_s is not None and seconds > deadline_s:
+                    reason = f"{seconds:.4g} simulated s, {deadline_s:g} are waited (federation.devices.deadline_s)"
+                    gathered.failures.append(Failure(partition=partition, kind="late", reason=reason))
+                    return False
+            check(reply)
+        except PayloadError as error:
+            gathered.failures.append(Failure(partition=partition, kind="refused", reason=str(error)))
+            return False
+        usable[partition] = reply
+        return True
+
+    unanswered = []
+    for message in messages:
+        member = members[message.metadata.dst_node_id]
+        if kept is not None and (reply := kept.serve(member.partition_id, message)) is not None:
+            arrived(member, message, reply)
+        else:
+            unanswered.append(message)
+    ids = list(grid.push_messages(unanswered)) if unanswered else []
+    waiting = {
+        message_id: (members[message.metadata.dst_node_id], message)
+        for message_id, message in zip(ids, unanswered, strict=True)
+    }
     while waiting and (deadline is None or time.monotonic() < deadline):
         for reply in grid.pull_messages(list(waiting)):
             member, sent = waiting.pop(reply.metadata.reply_to_message_id)
-            partition = member.partition_id
-            gathered.uplink_bytes += num_bytes(reply)
-            on_reply(partition, reply)
-            if reply.has_error():
-                gathered.failures.append(Failure(partition=partition, kind="failed", reason=str(reply.error.reason)))
-                continue
-            try:
-                _check_sender(reply, member)
-                if simulate is not None:
-                    seconds = gathered.simulated[partition] = simulate(member, sent, reply)
-                    if deadline_s is not None and seconds > deadline_s:
-                        reason = f"{seconds:.4g} simulated s, {deadline_s:g} are waited (federation.devices.deadline_s)"
-                        gathered.failures.append(Failure(partition=partition, kind="late", reason=reason))
-                        continue
-                check(reply)
-            except PayloadError as error:
-                gathered.failures.append(Failure(partition=partition, kind="refused", reason=str(error)))
-            else:
-                usable[partition] = reply
+            if arrived(member, sent, reply) and kept is not None:
+                kept.keep(member.partition_id, sent, reply)
     if waiting:
         forget = getattr(grid, "forget", None)  # ours stop working for nobody; Flower's drop late replies themselves
         if forget is not None:
@@ -193,6 +210,12 @@ class Rounds:
         self.checkpoints = checkpoints
         self.store = store
         self.replay_hint = replay_hint
+        self.replies = KeptReplies(
+            checkpoints.root / "replies",
+            config=setup.config,
+            after=setup.federation.keep_replies_after,
+            store=store,
+        )
 
     # --- the story ---
     def initialise(self, arrays: ArrayRecord, started: float) -> State:
@@ -240,6 +263,7 @@ class Rounds:
         messages = list(self.strategy.configure_train(round_num, state.arrays, ConfigRecord(), self.grid))
         seconds_asking = time.monotonic() - started  # some compute what they send
         self.progress.round_started(round_num, len(messages))
+        self.replies.begin(round_num)
         gathered = gather(
             self.grid,
             messages,
@@ -248,7 +272,9 @@ class Rounds:
             on_reply=self._show_reply,
             simulate=self.setup.simulated_seconds,
             deadline_s=deadline_s,
+            kept=self.replies,
         )
+        started -= self.replies.earlier_seconds
         self._name_failures(round_num, gathered.unforeseen)
         unevaluated: list[Failure] = []
         try:
@@ -418,6 +444,7 @@ class Rounds:
             global_model=global_model,
         )
         self.checkpoints.save(state.arrays, self._strategy_state(), progressed)
+        self.replies.clear()
         self.tracker.row(round_num, "server", server_row)
         self.store.prune(self.checkpoints.prune(progressed.failed_rounds))
         return State(arrays=state.arrays, progressed=progressed)

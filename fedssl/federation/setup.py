@@ -44,6 +44,7 @@ class Federation:
     report_family: str | None  # whose figures head the report; None: the one with most backbone parameters
     round_timeout: float | None  # seconds a round waits for its clients; None: as long as it takes
     keep_checkpoints: int
+    keep_replies_after: float | None  # seconds of a client's work from which its reply outlives a kill; None: none does
     server_threads: int  # torch threads of the server on the CPU; part of the result
     devices: Devices
 
@@ -67,6 +68,11 @@ class Federation:
             raise ConfigError(f"federation.server_threads must be at least 1, got {self.server_threads}")
         if not self.families:
             raise ConfigError("federation.families is empty: name at least one architecture, e.g. [conv4_16]")
+        if self.keep_replies_after is not None and not self.keep_replies_after >= 0:
+            raise ConfigError(
+                f"federation.keep_replies_after is in seconds and must be >= 0 (0 keeps every reply), or null to keep "
+                f"none, got {self.keep_replies_after}."
+            )
         if self.round_timeout is not None and not self.round_timeout > 0:
             raise ConfigError(
                 f"federation.round_timeout is in seconds and must be > 0 or null, got {self.round_timeout}"
