@@ -19,6 +19,7 @@ from PIL import Image
 
 from fedssl.config import check_values, compose
 from fedssl.errors import ConfigError
+from fedssl.federation.replies import KeptReplies
 from tests.federation_helpers import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def test_the_published_numbers_and_the_order_of_measuring() -> None:
 @pytest.mark.parametrize("name", TABLE.rows)
 def test_a_row_composes(name: str, shrunken: bool) -> None:
     row = TABLE.row(name)
-    config = compose(reproduce.effective(row, TABLE, shrunken=shrunken))
+    config = compose(TABLE.overrides(row, shrunken=shrunken))
     check_values(config)
     assert config["federation"]["families"] == (["conv4_16"] if shrunken else ["resnet18"])
     assert config["grid"]["_target_"].endswith("InProcess")
@@ -189,7 +190,7 @@ def tiny(tmp_path: Path) -> Path:
     """A file of rows of a second each."""
     entries = [
         tiny_row("averaged", "strategy=fedavg", "federation.num_rounds=3"),
-        tiny_row("alone", "strategy=local_only", shards=[0, 2], beside="averaged"),
+        tiny_row("alone", "strategy=local_only", "federation.num_rounds=3", shards=[0, 2], beside="averaged"),
         tiny_row("missed", "strategy=fedavg", "federation.num_rounds=1", expected=2.0, tolerance=0.1),
         tiny_row("broken", "strategy=fedavg", metric="knn_top5"),
     ]
@@ -207,8 +208,10 @@ def measure(tiny: Path, name: str, work: str, *more: str) -> tuple[int, dict[str
 
 
 def without_clock(result: dict[str, Any]) -> dict[str, Any]:
-    runs = [{key: value for key, value in run.items() if key != "seconds"} for run in result["runs"]]
-    return {**{key: value for key, value in result.items() if key != "seconds"}, "runs": runs}
+    def timeless(mapping: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in mapping.items() if key != "seconds"}
+
+    return {**timeless(result), "runs": [timeless(run) for run in result["runs"]]}
 
 
 def test_a_row_that_was_stopped_and_killed_has_the_result_of_one_that_was_not(tiny: Path) -> None:
@@ -242,6 +245,110 @@ def test_a_row_that_was_stopped_and_killed_has_the_result_of_one_that_was_not(ti
     assert measure(tiny, "averaged", "killed") == (reproduce.OK, resumed)  # nothing is run again
 
 
+def lines_of(scope: str, *metrics: dict[str, float], round_num: int = 1) -> str:
+    return "".join(
+        json.dumps({"round": round_num, "scope": scope, "partition": i, "family": "f", "metrics": m}) + "\n"
+        for i, m in enumerate(metrics)
+    )
+
+
+def test_what_an_interruption_can_cost(tmp_path: Path) -> None:
+    """Of a round of 570 s: nothing known, a round without clients, short clients, long ones, one short among them."""
+    assert reproduce.longest_piece(tmp_path, 30) == 0
+    server = {"seconds": 570.0, "seconds_clients": 440.0, "seconds_aggregation": 120.0, "seconds_evaluation": 10.0}
+    long = [{"seconds": 100.0, "simulated_seconds": 900.0}, {"seconds": 90.0, "distill_seconds": 10.0}]
+
+    def piece(keep_after: float | None, *clients: dict[str, float]) -> float:
+        (tmp_path / "metrics.jsonl").write_text(lines_of("client", *clients) + lines_of("server", server))
+        return reproduce.longest_piece(tmp_path, keep_after)
+
+    assert piece(30) == 570
+    assert piece(101, *long) == piece(None, *long) == 570
+    assert piece(30, *long * 2) == 130  # 400 s stated, 440 s taken: 110 a client; the server takes longer
+    assert piece(30, *long, {"seconds": 20.0}) == pytest.approx(440 / 220 * 120)
+
+
+def test_a_fresh_shard_starts_only_where_it_fits(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """By the time of the shard before, its start included."""
+    advance = reproduce.advance
+    started: list[str] = []
+
+    def slow(config: Any, run_dir: Path, max_seconds: float | None) -> dict[str, Any]:
+        started.append(run_dir.name)
+        summary = advance(config, run_dir, None)
+        path = run_dir / "metrics.jsonl"
+        path.write_text(lines_of("server", {"seconds": 500.0}) + path.read_text().replace('"server"', '"before"'))
+        (run_dir / "summary.json").write_text(json.dumps({**summary, "wall_seconds": 540.0}))
+        return summary
+
+    monkeypatch.setattr(reproduce, "advance", slow)
+    assert measure(tiny, "alone", "work", "--seconds", "530")[0] == reproduce.STOPPED  # 500 and 40 are needed
+    assert started == ["shard-0"]
+    code, result = measure(tiny, "alone", "work", "--seconds", "600")
+    assert (code, started[-1]) == (reproduce.OK, "shard-2")
+    assert [run["attempts"] for run in result["runs"]] == [[], []]
+
+
+def test_an_attempt_that_got_nowhere_is_remembered(tiny: Path, capsys: Any) -> None:
+    tiny.write_text(tiny.read_text().replace("client.local_epochs=1", "client.local_epochs=1000000"))
+    code, result = measure(tiny, "alone", "work", "--seconds", "15")
+    assert code == reproduce.STOPPED
+    [attempt] = result["runs"][0]["attempts"]
+    assert (attempt["rounds"], attempt["replies"]) == (0, 0)
+    assert 5 < attempt["seconds"] < 20
+    assert "shard 0, round 1 got nowhere in 1" in capsys.readouterr().out
+    assert "got nowhere in 1" in rows.verdict(TABLE.row("lightly_simclr"), result)
+
+    began = time.monotonic()
+    assert measure(tiny, "alone", "work", "--seconds", str(attempt["seconds"] - 1)) == (reproduce.STOPPED, result)
+    assert time.monotonic() - began < 10
+    assert "call again with more time" in capsys.readouterr().out
+    output = tiny.parent / "work-alone.json"  # as a kill in the next attempt would leave it
+    result["runs"][0]["attempts"].append({**attempt, "seconds": 400.0})
+    output.write_text(json.dumps(result))
+    assert measure(tiny, "alone", "work", "--seconds", "300") == (reproduce.STOPPED, result)
+    result["runs"][0]["attempts"] = [{**attempt, "rounds": 1, "seconds": 1e9}]  # it has got on since, or begun anew
+    output.write_text(json.dumps(result))
+    _, again = measure(tiny, "alone", "work", "--seconds", "3")
+    assert [a["rounds"] for a in again["runs"][0]["attempts"]] == [0]
+
+
+def test_a_round_that_is_longer_than_a_sitting_ends(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A sitting of one client each: four for each of three rounds, and the last one's aggregation."""
+    entries = yaml.safe_load(tiny.read_text())
+    entries["rows"][0]["overrides"].append("federation.keep_replies_after=0")
+    tiny.write_text(yaml.safe_dump(entries))
+    _, whole = measure(tiny, "averaged", "whole")
+    keep = KeptReplies.keep
+
+    def keep_one(self: KeptReplies, *args: Any) -> None:
+        keep(self, *args)
+        raise reproduce.OutOfTime
+
+    monkeypatch.setattr(KeptReplies, "keep", keep_one)
+    codes = []
+    while reproduce.OK not in codes and len(codes) < 20:
+        code, result = measure(tiny, "averaged", "work", "--seconds", "500")
+        codes.append(code)
+        if len(codes) == 2:
+            assert (result["runs"][0]["rounds"], result["runs"][0]["replies"]) == (0, 2)
+            assert "0 of 3 rounds, 2 clients of the next; call again to go on" in capsys.readouterr().out
+    assert codes == [reproduce.STOPPED] * 12 + [reproduce.OK]
+    assert without_clock(result) == without_clock(whole)
+
+
+def test_all_machines_of_a_row_are_recorded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every shard and sitting, each once."""
+    here, elsewhere = reproduce.here(), {"hardware": {"gpus": ["another"]}, "commit": None, "versions": {}}
+    monkeypatch.setattr(reproduce, "here", lambda: elsewhere)
+    _, result = measure(tiny, "alone", "work")
+    assert result["machines"] == [elsewhere, here]  # of the sitting; of the runs' manifests
+    monkeypatch.undo()
+    assert measure(tiny, "alone", "work")[1]["machines"] == [elsewhere, here]  # nothing ran
+    shutil.rmtree(tiny.parent / "work")
+    assert measure(tiny, "alone", "work")[1]["machines"] == [here]  # a new row
+
+
 def test_a_row_of_shards_is_the_mean_of_runs_on_the_partitions_of_the_whole(tiny: Path) -> None:
     code, alone = measure(tiny, "alone", "work")
     assert code == reproduce.OK
@@ -267,13 +374,16 @@ def test_what_a_result_holds(tiny: Path) -> None:
     assert (shrunken["shrunken"], shrunken["holds"]) == (True, None)
     assert shrunken["runs"][0]["num_rounds"] == 2  # what `cpu` says, instead of the row's own
     keys = {
-        "name", "what", "source", "shrunken", "overrides", "metric", "expected", "tolerance", "copy", "measured",
-        "holds", "runs", "beside", "seed", "seconds", "data_sha256", "hardware", "commit", "versions",
+        "name", "what", "source", "shrunken", "overrides", "metric", "epochs", "expected", "tolerance", "copy",
+        "measured", "holds", "runs", "beside", "seed", "seconds", "data_sha256", "machines",
     }  # fmt: skip
     assert full.keys() == shrunken.keys() == keys
     assert {len(digest) for digest in full["data_sha256"].values()} == {64}
-    assert full["hardware"]["cores"] >= 1
-    assert full["versions"]["torch"]
+    assert (full["epochs"], shrunken["epochs"]) == (1, 2)
+    [machine] = full["machines"]
+    assert machine["hardware"]["cores"] >= 1
+    assert machine["versions"]["torch"]
+    assert machine.keys() == {"hardware", "commit", "versions"}
     assert full["copy"] == "as published"
 
 
@@ -361,9 +471,46 @@ def test_the_list_shows_what_is_measured_and_what_is_not(
     [line] = [line for line in listed if line.startswith("averaged")]
     assert measured in line
     assert "holds" in line
-    [beside] = [line for line in listed if line.startswith("alone")]
-    assert "not measured" in beside
+    output = tiny.parent / "results" / "reproduce-alone.json"
+    reproduce.main(["alone", "--rows", str(tiny), "--work", str(tiny.parent / "w"), "-o", str(output)])
+    capsys.readouterr()
+    reproduce.main(["--list", "--rows", str(tiny)])
+    [beside] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alone")]
     assert measured in beside
+    result, alone = (
+        json.loads((output.parent / f"reproduce-{name}.json").read_text()) for name in ("averaged", "alone")
+    )
+    for key, value in (("metric", "knn_top1"), ("epochs", 4), ("data_sha256", {"digits/train": "0" * 64})):
+        other = {row.file(False): {**result, key: value}, "reproduce-alone.json": alone}
+        [line] = [line for line in rows.lines(rows.load_table(tiny), other) if line[0] == "alone"]
+        assert line[rows.HEAD.index("centralised beside")] == "", key
+
+
+def test_a_verdict_is_of_the_rows_numbers_and_settings_of_today(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent)
+
+    def line() -> list[str]:
+        table = rows.load_table(tiny)
+        return rows.lines(table, rows.read_results(table, tiny.parent))[0]
+
+    _, result = measure(tiny, "averaged", "work")
+    (tiny.parent / "reproduce-averaged.json").write_text(json.dumps(result))
+    verdict = rows.HEAD.index("verdict")
+    assert line()[verdict] == "holds"
+    text = tiny.read_text()
+    tiny.write_text(text.replace("expected: 0.5\n", "expected: 2.0\n", 1))
+    assert line()[verdict] == "does not hold"
+    for before, after in (
+        ("client.batch_size=8", "client.batch_size=16"),
+        ("metric: linear_top1", "metric: knn_top1"),
+        ("shards: null", "shards: [0]"),
+    ):
+        assert before in text
+        tiny.write_text(text.replace(before, after))
+        assert line()[verdict] == "not measured (settings changed since)"
+        assert line()[rows.HEAD.index("measured")] == ""
+    tiny.write_text(text)
+    assert line()[verdict] == "holds"
 
 
 def test_results_are_added_to_the_table(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -406,15 +553,15 @@ def test_a_committed_result_is_of_the_row_as_it_is_now(name: str) -> None:
     result = RESULTS[name]
     row = TABLE.row(result["name"])
     assert name == row.file(result["shrunken"])
-    assert result["overrides"] == reproduce.effective(row, TABLE, shrunken=result["shrunken"])
-    assert (result["metric"], result["expected"]) == (row.metric, row.expected)
+    assert TABLE.is_of(row, result)
+    assert result["expected"] == row.expected
     values = [run["measured"] for run in result["runs"]]
     assert result["measured"] == pytest.approx(sum(values) / len(values))
     if result["shrunken"] or row.expected is None:
         assert result["holds"] is None
     else:
-        tolerance = row.tolerance_jpeg if result["copy"] == "jpeg" else row.tolerance
-        assert result["holds"] == (abs(result["measured"] - row.expected) <= (tolerance or 0))
+        assert result["holds"] == row.holds(result)
+    assert result["machines"]
 
 
 # --- scripts/gpu_acceptance -------------------------------------------------------------------------------------------

@@ -7,18 +7,22 @@
   scripts/reproduce --add FILE                take over results that scripts/gpu_acceptance brought (its rows.json)
 
 A row runs as `fedssl` would (grid=in_process), in WORK/<row>. An interruption of any kind, a kill too, costs the round
-it falls into; --seconds S starts no round after S seconds, nor one that would end later, as far as the last one tells.
+it falls into, or, where clients work long (federation.keep_replies_after), only that client's work. --seconds S starts
+nothing of which earlier rounds, of this run or of another shard, say that it would end later, and what still runs then
+is interrupted. An attempt that got nowhere is remembered in the result: with no more seconds it is not made again.
 The result is written when a run begins and when the command ends: `measured` and `holds` are null until the row is
-whole, and `holds` always for a shrunken one.
+whole, and `holds` always for a shrunken one; `machines` are all that had a part in it.
 Exit codes: 0 whole; 1 whole, and the published number is missed; 2 bad input; 4 stopped by --seconds; 130 interrupted.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -51,12 +55,6 @@ class Job:
     shard: int | None
 
 
-def effective(row: Row, table: Table, *, shrunken: bool) -> list[str]:
-    """The row's overrides; of two for one key the later counts, in the earlier one's place."""
-    given = [*row.overrides, *(table.cpu if shrunken else ()), *(row.cpu if shrunken else ()), "grid=in_process"]
-    return list({override.split("=", 1)[0]: override for override in given}.values())
-
-
 def composed(overrides: Sequence[str], data: str | None) -> dict[str, Any]:
     """The configuration of a run, its images looked for in `data`."""
     config = compose(overrides)
@@ -69,7 +67,7 @@ def jobs_of(row: Row, table: Table, *, shrunken: bool, data: str | None, work: P
     """The runs of a row. A shard is a federation of one client whose partition is that client's of the whole one."""
     from fedssl.federation.setup import Setup
 
-    overrides = effective(row, table, shrunken=shrunken)
+    overrides = table.overrides(row, shrunken=shrunken)
     whole = composed(overrides, data)
     if row.shards is None:
         return [Job(name="run", config=whole, shard=None)]
@@ -139,9 +137,70 @@ def rows_written(run_dir: Path, scope: str) -> list[dict[str, Any]]:
     return [row for row in written if row["scope"] == scope]
 
 
-def last_round_seconds(run_dir: Path) -> float:
-    """How long the newest finished round took; 0 where there is none."""
-    return float(next((row["metrics"]["seconds"] for row in reversed(rows_written(run_dir, "server"))), 0.0))
+def longest_piece(run_dir: Path, keep_after: float | None) -> float:
+    """Seconds of the newest finished round that an interruption can cost, 0 where there is none.
+
+    That is the round, or, where replies were kept, the longest client, the short ones or the server's part.
+    """
+    servers = rows_written(run_dir, "server")
+    if not servers:
+        return 0.0
+    server = servers[-1]["metrics"]
+    clients = [
+        sum(value for key, value in row["metrics"].items() if _is_work(key, value))
+        for row in rows_written(run_dir, "client")
+        if row["round"] == servers[-1]["round"]
+    ]
+    whole = float(server["seconds"])
+    if keep_after is None or not sum(clients) or max(clients) < keep_after:
+        return whole
+    beside = server["seconds_clients"] / sum(clients)  # what they do beside training, and do not state
+    short = sum(seconds for seconds in clients if seconds < keep_after)
+    pieces = (beside * (max(clients) + short), server["seconds_aggregation"] + server["seconds_evaluation"])
+    return min(whole, float(max(pieces)))
+
+
+def _is_work(name: str, value: object) -> bool:
+    """As `fedssl.federation.replies.stated_seconds` counts."""
+    return isinstance(value, int | float) and (
+        name == "seconds" or (name.endswith("_seconds") and name != "simulated_seconds")
+    )
+
+
+def seconds_needed(job: Job, jobs: Sequence[Job], work: Path) -> float:
+    """What has to be left so that the run gets on, by its own last round or that of another shard; 0: unknown."""
+    keep_after = job.config["federation"]["keep_replies_after"]
+    if own := longest_piece(work / job.name, keep_after):
+        return own
+    for other in reversed(jobs):
+        summary = work / other.name / "summary.json"
+        if (piece := longest_piece(work / other.name, keep_after)) and summary.is_file():
+            rounds = sum(row["metrics"]["seconds"] for row in rows_written(work / other.name, "server"))
+            return piece + max(0.0, json.loads(summary.read_text())["wall_seconds"] - rounds)  # its start
+    return 0.0
+
+
+class OutOfTime(KeyboardInterrupt):
+    """What still ran at --seconds."""
+
+
+@contextlib.contextmanager
+def interrupted_after(seconds: float | None) -> Iterator[None]:
+    """Raise `OutOfTime` inside, after so many seconds (None: never)."""
+    if seconds is None:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def untrained(run_dir: Path, family: str, metric: str) -> float | None:
@@ -162,6 +221,7 @@ def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
         "shard": job.shard,
         "status": summary.get("status", "not started" if not run_dir.is_dir() else "interrupted"),
         "rounds": summary.get("rounds", rounds_kept(run_dir)),
+        "replies": 0 if whole else len(list((run_dir / "checkpoints" / "replies").glob("[0-9]*.reply"))),
         "num_rounds": job.config["federation"]["num_rounds"],
         "measured": summary[row.metric] if whole else None,
         "untrained": untrained(run_dir, summary["report_family"], row.metric) if whole else None,
@@ -201,50 +261,75 @@ def settled_copy(jobs: Sequence[Job], work: Path) -> str:
     return path.read_text()
 
 
-def _images(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 by image set, without the public set, which may be drawn anew."""
-    return {name: digest for name, digest in (manifest.get("data") or {}).items() if name != "public set"}
+def earlier(output: Path, row: Row, table: Table) -> dict[str, Any]:
+    """The result of the sitting before; {} where there is none, or one with other settings."""
+    try:
+        result: dict[str, Any] = json.loads(output.read_text())
+        return result if table.is_of(row, result) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
-def result_of(row: Row, table: Table, jobs: Sequence[Job], work: Path, *, shrunken: bool) -> dict[str, Any]:
-    """What the JSON holds."""
+def here() -> dict[str, Any]:
+    """Hardware, commit and versions of this process."""
+    from fedssl.tracking import manifest
+
+    return _machine(manifest({}, data={}))
+
+
+def _machine(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {"hardware": manifest["hardware"], "commit": manifest["git"], "versions": manifest["versions"]}
+
+
+def result_of(
+    row: Row,
+    table: Table,
+    jobs: Sequence[Job],
+    work: Path,
+    *,
+    shrunken: bool,
+    attempts: Mapping[str, Sequence[Mapping[str, Any]]],
+    machines: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the JSON holds: of `attempts`, by job, those that left the run where it is; of `machines` each once."""
     runs = [state_of(job, work / job.name, row) for job in jobs]
+    for job, run in zip(jobs, runs, strict=True):
+        where = None if run["status"] == "completed" else (run["rounds"], run["replies"])
+        run["attempts"] = [a for a in attempts.get(job.name, ()) if (a["rounds"], a["replies"]) == where]
     values = [run["measured"] for run in runs]
     measured = mean(values) if None not in values else None
-    copy = settled_copy(jobs, work)
-    tolerance = row.tolerance_jpeg if copy == "jpeg" else row.tolerance
-    holds = None
-    if not shrunken and measured is not None and row.expected is not None and tolerance is not None:
-        holds = abs(measured - row.expected) <= tolerance
     manifests = [work / job.name / "manifest.json" for job in jobs]
     found = [json.loads(path.read_text()) for path in manifests if path.is_file()]
     began = found[0] if found else {}
-    if any(_images(manifest) != _images(began) for manifest in found):
+    if any(rows.images(manifest["data"]) != rows.images(began["data"]) for manifest in found):
         raise ConfigError(
             f"the runs in {work} were trained on different images (sha256 in their manifest.json): delete those of the "
             f"wrong copy, or name another folder with --work."
         )
-    return {
+    known: list[Mapping[str, Any]] = []
+    for machine in (*machines, *map(_machine, found)):
+        if machine not in known:
+            known.append(machine)
+    config = jobs[0].config
+    result = {
         "name": row.name,
         "what": row.what,
         "source": row.source,
         "shrunken": shrunken,
-        "overrides": effective(row, table, shrunken=shrunken),
+        "overrides": table.overrides(row, shrunken=shrunken),
         "metric": row.metric,
+        "epochs": config["federation"]["num_rounds"] * config["client"]["local_epochs"],
         "expected": row.expected,
-        "tolerance": tolerance,
-        "copy": copy,
+        "copy": settled_copy(jobs, work),
         "measured": measured,
-        "holds": holds,
         "runs": runs,
         "beside": row.beside,
-        "seed": jobs[0].config["seed"],
+        "seed": config["seed"],
         "seconds": sum(run["seconds"] for run in runs),
         "data_sha256": began.get("data", {}),
-        "hardware": began.get("hardware", {}),
-        "commit": began.get("git"),
-        "versions": began.get("versions", {}),
+        "machines": known,
     }
+    return {**result, "tolerance": row.tolerance_of(result), "holds": row.holds(result)}
 
 
 def reproduce(
@@ -257,38 +342,58 @@ def reproduce(
     work.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
     output.parent.mkdir(parents=True, exist_ok=True)
+    before = earlier(output, row, table)
+    attempts = {
+        job.name: list(run.get("attempts", ())) for job, run in zip(jobs, before.get("runs", ()), strict=bool(before))
+    }
+    goes_on = any((work / job.name).is_dir() for job in jobs)
+    machines = list(before.get("machines", ())) if goes_on else []
 
     def written() -> dict[str, Any]:
-        result = result_of(row, table, jobs, work, shrunken=shrunken)
+        result = result_of(row, table, jobs, work, shrunken=shrunken, attempts=attempts, machines=machines)
         write_json(output, result)
         return result
 
     code = OK
     try:
-        for job in jobs:
+        for job, run in zip(jobs, written()["runs"], strict=True):
+            if run["status"] == "completed":
+                advance(job.config, work / job.name, None)  # nothing to do, but it refuses a run with other settings
+                continue
+            left = None if seconds is None else seconds - (time.monotonic() - started)
+            needed = seconds_needed(job, jobs, work)
+            if left is not None and left <= max(needed, rows.tried(run)):
+                code = STOPPED
+                break
+            attempt = {"rounds": run["rounds"], "replies": run["replies"], "seconds": left}
+            attempts.setdefault(job.name, []).append(attempt)
+            machines.append(here())
             written()  # a kill leaves this one
-            left = None
-            if seconds is not None:
-                left = seconds - (time.monotonic() - started) - last_round_seconds(work / job.name)
-            if left is not None and left <= 0 and state_of(job, work / job.name, row)["measured"] is None:
+            began = time.monotonic()
+            try:
+                with interrupted_after(left):
+                    status = advance(job.config, work / job.name, None if left is None else left - needed)["status"]
+            finally:
+                attempt["seconds"] = time.monotonic() - began
+            if status != "completed":
                 code = STOPPED
                 break
-            if advance(job.config, work / job.name, left)["status"] != "completed":
-                code = STOPPED
-                break
+    except OutOfTime:
+        code = STOPPED
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
         result = written()
-    print(f"{row.name}: {_said(result)} ({output})")
+    print(f"{row.name}: {_said(row, result)} ({output})")
     return MISSED if code == OK and result["holds"] is False else code
 
 
-def _said(result: Mapping[str, Any]) -> str:
+def _said(row: Row, result: Mapping[str, Any]) -> str:
     if result["measured"] is None:
-        return f"{rows.progress(result)}; call again to go on"
+        again = "call again with more time" if any(map(rows.tried, result["runs"])) else "call again to go on"
+        return f"{rows.progress(result)}; {again}"
     against = "nothing published" if result["expected"] is None else f"published {rows.percent(result['expected'])}"
-    verdict = "shrunken, so not comparable" if result["shrunken"] else rows.verdict(result)
+    verdict = "shrunken, so not comparable" if result["shrunken"] else rows.verdict(row, result)
     return f"{result['metric']} {rows.percent(result['measured'])}, {against}: {verdict}"
 
 

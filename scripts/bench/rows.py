@@ -46,6 +46,17 @@ class Row:
         """Name of its result."""
         return f"reproduce-{self.name}{'-cpu' if shrunken else ''}.json"
 
+    def tolerance_of(self, result: Mapping[str, Any]) -> float | None:
+        """The one that goes with the copy of the images."""
+        return self.tolerance_jpeg if result["copy"] == "jpeg" else self.tolerance
+
+    def holds(self, result: Mapping[str, Any]) -> bool | None:
+        """Whether a full result is within the tolerance; None where nothing is published or measured."""
+        tolerance = self.tolerance_of(result)
+        if result["shrunken"] or result["measured"] is None or self.expected is None or tolerance is None:
+            return None
+        return bool(abs(result["measured"] - self.expected) <= tolerance)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -54,6 +65,19 @@ class Table:
     rows: Mapping[str, Row]
     cpu: Sequence[str]  # overrides of every shrunken row, before its own
     orderings: Sequence[Mapping[str, Any]]  # what, rows: worst first
+
+    def overrides(self, row: Row, *, shrunken: bool) -> list[str]:
+        """All of the row's; of two for one key the later counts, in the earlier one's place."""
+        given = [*row.overrides, *(self.cpu if shrunken else ()), *(row.cpu if shrunken else ()), "grid=in_process"]
+        return list({override.split("=", 1)[0]: override for override in given}.values())
+
+    def is_of(self, row: Row, result: Mapping[str, Any]) -> bool:
+        """Whether the result was made with the settings that the row has now."""
+        return (
+            result["overrides"] == self.overrides(row, shrunken=result["shrunken"])
+            and result["metric"] == row.metric
+            and [run["shard"] for run in result["runs"]] == list(row.shards or [None])
+        )
 
     def row(self, name: str) -> Row:
         """The row of this name."""
@@ -91,14 +115,19 @@ def load_table(path: Path = ROWS) -> Table:
 
 
 def read_results(table: Table, *folders: Path) -> dict[str, dict[str, Any]]:
-    """The results of the table's rows by file name; of two folders that hold one, the last counts."""
-    names = {row.file(shrunken) for row in table.rows.values() for shrunken in (False, True)}
-    return {
-        path.name: json.loads(path.read_text())
-        for folder in folders
-        for path in sorted(folder.glob("reproduce-*.json"))
-        if path.name in names
-    }
+    """The results of the table's rows by file name; of two folders that hold one, the last counts.
+
+    One that was made with other settings than the row's has `changed`, and nothing measured.
+    """
+    names = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
+    found = {}
+    for folder in folders:
+        for path in sorted(folder.glob("reproduce-*.json")):
+            if path.name in names:
+                result = json.loads(path.read_text())
+                current = table.is_of(names[path.name], result)
+                found[path.name] = result if current else {**result, "measured": None, "changed": True}
+    return found
 
 
 def is_measured(result: Mapping[str, Any] | None) -> bool:
@@ -106,19 +135,33 @@ def is_measured(result: Mapping[str, Any] | None) -> bool:
     return result is not None and result["measured"] is not None
 
 
-def verdict(result: Mapping[str, Any] | None) -> str:
-    """In words, of the full row."""
+def verdict(row: Row, result: Mapping[str, Any] | None) -> str:
+    """In words, of the full row, by its numbers of today."""
     if result is None:
         return "not measured"
+    if result.get("changed"):
+        return "not measured (settings changed since)"
     if not is_measured(result):
         return f"not measured ({progress(result)})"
-    return {True: "holds", False: "does not hold", None: "measured"}[result["holds"]]
+    return {True: "holds", False: "does not hold", None: "measured"}[row.holds(result)]
 
 
 def progress(result: Mapping[str, Any]) -> str:
-    """How far an unfinished row is."""
-    done = sum(run["rounds"] for run in result["runs"])
-    return f"{done} of {sum(run['num_rounds'] for run in result['runs'])} rounds"
+    """How far an unfinished row is, and what did not fit into a sitting."""
+    runs = result["runs"]
+    text = f"{sum(run['rounds'] for run in runs)} of {sum(run['num_rounds'] for run in runs)} rounds"
+    if replies := sum(run.get("replies", 0) for run in runs):
+        text += f", {replies} clients of the next"
+    for run in runs:
+        if longest := tried(run):
+            which = "" if run["shard"] is None else f"shard {run['shard']}, "
+            text += f"; {which}round {run['rounds'] + 1} got nowhere in {longest:.0f} s"
+    return text
+
+
+def tried(run: Mapping[str, Any]) -> float:
+    """Seconds of the longest attempt that left the run where it is; 0 for none."""
+    return max((a["seconds"] for a in run.get("attempts", ()) if a["seconds"] is not None), default=0.0)
 
 
 def percent(value: float | None) -> str:
@@ -132,19 +175,34 @@ def lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> list[list[s
         full, small = results.get(row.file(False)), results.get(row.file(True))
         beside = results.get(table.row(row.beside).file(False)) if row.beside else None
         jpeg = full is not None and full["copy"] == "jpeg"
-        tolerance = row.tolerance_jpeg if jpeg else row.tolerance
+        tolerance = row.tolerance_of(full) if full else row.tolerance
         out.append([
             row.name,
             row.what,
             percent(row.expected),
             "" if tolerance is None else f"±{percent(tolerance)}" + (" (JPEG)" if jpeg else ""),
             percent(full["measured"]) if full and is_measured(full) else "",
-            verdict(full),
-            percent(beside["measured"]) if beside and is_measured(beside) else "",
+            verdict(row, full),
+            percent(beside["measured"]) if full and beside and comparable(full, beside) else "",
             _with_start(small) if small and is_measured(small) else "",
             f"{row.gpu_minutes:g}",
         ])  # fmt: skip
     return out
+
+
+def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two results can stand beside each other: both whole, one metric, as many epochs, the same images."""
+    return (
+        is_measured(a)
+        and is_measured(b)
+        and (a["metric"], a["epochs"]) == (b["metric"], b["epochs"])
+        and images(a["data_sha256"]) == images(b["data_sha256"])
+    )
+
+
+def images(digests: Mapping[str, str]) -> dict[str, str]:
+    """sha256 by image set, without the public set, which may be drawn anew."""
+    return {name: digest for name, digest in digests.items() if name != "public set"}
 
 
 HEAD = [
