@@ -1,5 +1,6 @@
 """Published rows: presets with the references' numbers, `scripts/reproduce`, `scripts/gpu_acceptance`, their table."""
 
+import ast
 import io
 import json
 import os
@@ -627,6 +628,88 @@ def test_a_part_is_ended_at_its_limit_with_all_it_started(tmp_path: Path) -> Non
     while Path(f"/proc/{marker.read_text()}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{marker.read_text()}").exists()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_part_that_runs(tiny: Path, number: signal.Signals) -> None:
+    """Which has written how far it is."""
+    entry = tiny_row("endless", "strategy=fedavg", "client.local_epochs=1000000")
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_acceptance"), "--dry", "--rows", str(tiny)]
+    command += ["--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w"), "--parts", "rows"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "--seconds", "500"], env=environment, stdout=subprocess.DEVNULL)
+    run_dir = tiny.parent / "w" / "endless-cpu" / "run"
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "00000").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    [child] = children(process.pid)
+    process.send_signal(number)
+    assert process.wait(60) == gpu_acceptance.INTERRUPTED
+    assert not Path(f"/proc/{child}").exists()
+    result = json.loads((tiny.parent / "o" / "rows.json").read_text())["reproduce-endless-cpu.json"]
+    assert (result["measured"], result["runs"][0]["status"]) == (None, "stopped")
+
+
+def test_gpu_tests_run_once_with_the_same_code(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    ends: list[tuple[int | None, bool]] = [(None, True), (1, False), (0, False)]
+
+    def run(name: str, command: Any, limit: float, log: Path) -> gpu_acceptance.Part:
+        ran.append(name)
+        code, interrupted = ends[len(ran) - 1]
+        return gpu_acceptance.Part(
+            name=name, command=[], code=code, interrupted=interrupted, seconds=1.0, tail=f"sitting {len(ran)}"
+        )
+
+    monkeypatch.setattr(gpu_acceptance, "run", run)
+    monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "a")
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+
+    def sitting() -> tuple[int, int, bool, str]:
+        code = gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", "30"])
+        [part] = json.loads((tiny.parent / "o" / "acceptance.json").read_text())["parts"]
+        return code, len(ran), part["earlier"], (tiny.parent / "o" / "log.txt").read_text().split("\n")[1]
+
+    assert sitting() == (0, 1, False, "sitting 1")
+    assert sitting() == (1, 2, False, "sitting 2")  # the first had no time to end
+    assert sitting() == (1, 2, True, "sitting 2")  # what failed is still told
+    shutil.rmtree(tiny.parent / "w")
+    assert sitting() == (1, 2, True, "sitting 2")
+    monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "b")
+    assert sitting() == (0, 3, False, "sitting 3")
+
+
+def test_the_digest_of_the_code_is_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    (tmp_path / "fedssl").mkdir()
+    (tmp_path / "fedssl" / "a.py").write_text("x = 1")
+    before = gpu_acceptance.code_digest()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "b.py").write_text("")
+    assert gpu_acceptance.code_digest() == before
+    (tmp_path / "fedssl" / "a.py").write_text("x = 2")
+    assert gpu_acceptance.code_digest() != before
+
+
+def test_every_module_that_rows_and_tests_import_is_known_to_be_needed() -> None:
+    """But for what only other grids, downloads and other commands use."""
+    elsewhere = {"ray", "timm", "playwright", "datasets"}
+    files = [path for folder in ("fedssl", "strategies", "tests") for path in (ROOT / folder).rglob("*.py")]
+    imported = {
+        name.partition(".")[0]
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    ours = {"fedssl", "strategies", "tests", "bench", ""}
+    known = {module.partition(".")[0] for module in gpu_acceptance.NEEDED}
+    assert imported - set(sys.stdlib_module_names) - ours - elsewhere <= known
 
 
 def test_gpu_tests_are_not_tried_without_what_they_need(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

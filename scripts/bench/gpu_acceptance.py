@@ -4,26 +4,28 @@
   scripts/gpu_acceptance --dry --data DIR      a rehearsal on the CPU: tests are collected only, rows are shrunken
 
 Called again with the same --work it goes on where it was: rows go on from their checkpoints, and what has a result in
---out, or in benchmarks/results, is not measured again. No part ends a later one: each is a process of its own with a
+--out, or in benchmarks/results, is not measured again; nor are the tests run again with the same code on the same
+machine, unless their time was up. No part ends a later one: each is a process of its own with a
 limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB:
 acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them over),
 benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the sitting.
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
-that has the usual scientific packages (jaxtyping, jinja2, pandas, pillow, pyarrow, pyyaml, rich, safetensors,
-scikit-learn, tensorboard, pytest, pytest-timeout, hypothesis) and nothing of ours, carry these wheels, 11 MB for Python
-3.12 on x86-64 (measured; cryptography and pycryptodome are 8 of them):
+that has the usual scientific packages (jaxtyping, jinja2, matplotlib, pandas, pillow, pyarrow, pyyaml, rich,
+safetensors, scikit-learn, scipy, tensorboard, pytest, pytest-timeout, hypothesis) and nothing of ours, carry these
+wheels, 11 MB for Python 3.12 on x86-64 (measured; cryptography and pycryptodome are 8 of them):
   flwr 1.42 (the plain package), hydra-core 1.3, omegaconf<2.4, antlr4-python3-runtime 4.9.3 (only a source: pip wheel),
   grpcio-health-checking, cryptography, cffi, pycparser, pycryptodome, iterators; for the tests also beartype
 fetched by `pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64
 --platform manylinux2014_x86_64 -d wheels NAME` and installed there by
 `pip install --no-index --no-deps --target site wheels/*.whl`, with PYTHONPATH=site. fedssl itself is not installed.
-Exit codes: 0 every part ended well or ran out of time; 1 one did not; 2 bad input.
+Exit codes: 0 every part ended well or ran out of time; 1 one did not; 2 bad input; 130 interrupted, by SIGTERM too.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -45,7 +47,11 @@ BENCHMARKS = ("views", "train", "round", "distill", "probe", "flesd")  # overhea
 SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left; rows have the rest
 STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
+INTERRUPTED = 130
+GRACE = 10.0  # seconds in which an interrupted part may write what it has
 NEEDED = {  # module -> package, for whom
+    "torch": "torch: rows, tests",
+    "numpy": "numpy: rows, tests",
     "flwr": "flwr: rows, tests",
     "hydra": "hydra-core: rows, tests",
     "omegaconf": "omegaconf<2.4: rows, tests",
@@ -55,6 +61,14 @@ NEEDED = {  # module -> package, for whom
     "Crypto": "pycryptodome: flwr",
     "iterators": "iterators: flwr",
     "jaxtyping": "jaxtyping: rows, tests",
+    "google.protobuf": "protobuf: flwr",
+    "sklearn": "scikit-learn: rows, tests",
+    "PIL": "pillow: rows, tests",
+    "scipy": "scipy: tests",
+    "pandas": "pandas: tests",
+    "matplotlib": "matplotlib: tests",
+    "jinja2": "jinja2: tests",
+    "markupsafe": "markupsafe: tests",
     "pyarrow": "pyarrow: rows with parquet files",
     "rich": "rich: rows",
     "safetensors": "safetensors: rows",
@@ -80,6 +94,7 @@ class Part:
     interrupted: bool  # whether its limit came first
     seconds: float
     tail: str
+    earlier: bool = False  # of an earlier sitting, with the same code on the same machine
 
     @property
     def went_well(self) -> bool:
@@ -89,7 +104,24 @@ class Part:
 
 def missing() -> list[str]:
     """Packages that are not there, with what needs them."""
-    return [text for module, text in NEEDED.items() if importlib.util.find_spec(module) is None]
+    return [text for module, text in NEEDED.items() if not _is_there(module)]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def code_digest() -> str:
+    """sha256 of the code and settings: a commit says nothing of what was changed since, or where git is missing."""
+    sha256 = hashlib.sha256()
+    for folder in ("fedssl", "strategies", "conf", "tests", "scripts"):
+        for path in sorted((rows.ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml", ".j2", "") and path.is_file():
+                sha256.update(f"{path.relative_to(rows.ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return sha256.hexdigest()
 
 
 def machine() -> dict[str, Any]:
@@ -124,6 +156,11 @@ def run(name: str, command: Sequence[str], limit: float, log: Path) -> Part:
             _signal(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(LAST)
+        except KeyboardInterrupt:
+            _signal(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            raise
         finally:
             _signal(process, signal.SIGKILL)  # what it has started, too
             process.wait()
@@ -163,6 +200,9 @@ class Acceptance:
         self.results.mkdir(exist_ok=True)
         self.machine = machine()
         self.bring_back()
+        hardware = self.machine.get("hardware") or {}
+        described = [hardware.get("cpu"), hardware.get("gpus"), self.machine["python"], self.machine.get("versions")]
+        self.tested = {"code": code_digest(), "machine": described, "dry": args.dry}
 
     @property
     def left(self) -> float:
@@ -176,6 +216,15 @@ class Acceptance:
             for stem, result in (json.loads(path.read_text()) if path.is_file() else {}).items():
                 if not (kept := self.results / f"{stem}{ending}").exists():
                     _write(kept, json.dumps(result, indent=2))
+        path, kept = self.args.out / "acceptance.json", self.results / "tests.json"
+        tests = json.loads(path.read_text()).get("tests") if path.is_file() else None
+        if tests and not kept.exists():
+            _write(kept, json.dumps(tests, indent=2))
+
+    def tests_before(self) -> dict[str, Any] | None:
+        """How the tests ended last, and with what code on what machine."""
+        path = self.results / "tests.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else None
 
     def __call__(self) -> int:
         """All parts that were asked for; the exit code."""
@@ -190,12 +239,19 @@ class Acceptance:
 
     def tests(self) -> None:
         """`pytest -m gpu`; in a rehearsal they are only collected, as they need a GPU."""
+        if (before := self.tests_before()) and before["of"] == json.loads(json.dumps(self.tested)):
+            self.parts.append(Part(**{**before["part"], "earlier": True}))
+            self.write()
+            return
         if lacking := [text for text in self.machine["missing"] if "tests" in text or "flwr" in text]:
             self.note("tests", f"cannot run without {', '.join(lacking)}")
             return
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors"]  # a module may need a package that is not there
         self.run("tests", [*command, *(["--collect-only"] if self.args.dry else [])], SHARES["tests"] * self.left)
+        if not (part := self.parts[-1]).interrupted:
+            _write(self.results / "tests.json", json.dumps({"of": self.tested, "part": asdict(part)}, indent=2))
+            self.write()
 
     def benchmarks(self) -> None:
         """Those that say something here and have no result yet, within their share of the time."""
@@ -247,7 +303,7 @@ class Acceptance:
         """The small files, after every part: whatever ends this process, they are there."""
         out = self.args.out
         described = [{key: value for key, value in asdict(part).items() if key != "tail"} for part in self.parts]
-        left = {"dry": self.args.dry, "machine": self.machine, "parts": described}
+        left = {"dry": self.args.dry, "machine": self.machine, "parts": described, "tests": self.tests_before()}
         _write(out / "acceptance.json", json.dumps(left, indent=2))
         _write(out / "rows.json", json.dumps(read_results(self.table, self.results), indent=2))
         benchmarks = {path.stem: json.loads(path.read_text()) for path in self.results.glob("benchmark-*.json")}
@@ -292,7 +348,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parse(argv)
     try:
-        return Acceptance(args)()
+        acceptance = Acceptance(args)
+        try:
+            return acceptance()
+        except KeyboardInterrupt:
+            acceptance.write()
+            return INTERRUPTED
     except ValueError as error:  # a ConfigError is one, and fedssl may not be importable
         print(f"error: {error}", file=sys.stderr)
         return 2
