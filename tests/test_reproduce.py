@@ -134,9 +134,14 @@ def test_a_preset_has_the_references_settings_with_any_strategy(experiment: str,
 # --- the table of rows ------------------------------------------------------------------------------------------------
 PUBLISHED = {
     "flesd_local_cifar10": 0.726, "fedema_standalone": 0.7495, "lightly_simclr": 0.848, "fedema_fedbyol": 0.7944,
-    "fedema_fedu": 0.8052, "fedema_fedema": 0.8334, "fedema_centralized": 0.9046, "flesd_cifar100_a1_t2": 0.438,
+    "fedema_fedu": 0.8052, "fedema_fedema": 0.8334, "fedema_lambda": 0.8277, "fedema_centralized": 0.9046,
+    "fedema_iid_standalone": 0.8242, "fedema_iid_fedbyol": 0.8429, "fedema_iid_fedu": 0.8396,
+    "fedema_iid_fedema": 0.8626, "fedema_iid_lambda": 0.8559, "flesd_cifar100_a1_t2": 0.438,
     "flesd_cifar100_a001_t2": 0.422, "flesd_cifar100_a1_t2_fedavg": 0.370, "flesd_cifar100_a1_t10_fedavg": 0.432,
-    "flesd_cifar100_a001_t10_fedavg": 0.448, "flesd_local_cifar100": 0.427,
+    "flesd_cifar100_a001_t10_fedavg": 0.448, "flesd_local_cifar100": 0.427, "flesd_local_cifar10_a001": 0.667,
+    "flesd_local_cifar10_a01": 0.689, "flesd_local_cifar10_a10": 0.741, "flesd_local_cifar10_a100": 0.728,
+    "flesd_local_cifar100_a001": 0.426, "flesd_local_cifar100_a01": 0.395, "flesd_local_cifar100_a10": 0.398,
+    "flesd_local_cifar100_a100": 0.298,
 }  # fmt: skip
 
 
@@ -159,11 +164,35 @@ def test_a_row_composes(name: str, shrunken: bool) -> None:
     assert config["grid"]["_target_"].endswith("InProcess")
 
 
+def test_the_mean_of_a_local_row_is_that_of_its_sources_clients() -> None:
+    """The notebook's numbers of the six clients are in `source`."""
+    local = [row for row in TABLE.rows.values() if row.name.startswith("flesd_local")]
+    assert len(local) == 10
+    for row in local:
+        clients = [float(number) for number in row.source.split(": ")[-1].split()]
+        assert row.expected == pytest.approx(sum(clients) / 600, abs=6e-4), row.name
+        assert len(clients) == 6
+
+
+def test_what_stands_beside_a_row_is_comparable() -> None:
+    def described(row: rows.Row) -> tuple[str, int, str]:
+        config = compose(TABLE.overrides(row, shrunken=False))
+        return row.metric, config["federation"]["num_rounds"] * config["client"]["local_epochs"], config["data"]["name"]
+
+    for row in TABLE.rows.values():
+        if row.beside is None:
+            assert "strategy=centralized" in row.overrides
+            continue
+        beside = TABLE.row(row.beside)
+        assert "strategy=centralized" in beside.overrides
+        assert described(row) == described(beside), row.name
+
+
 def test_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
     text = rows.ROWS.read_text()
     for before, after, message in (
         ("gpu_minutes: 18 # 3 a shard", "gpu_minute: 18", "row flesd_local_cifar10 has the unknown keys.*gpu_minute"),
-        ("beside: lightly_simclr", "beside: lightly", "there is no row 'lightly'"),
+        ("beside: fedema_centralized", "beside: fedema_central", "there is no row 'fedema_central'"),
         ("expected: 0.726", "expected: null", "row flesd_local_cifar10: expected, tolerance"),
         ("name: fedema_standalone", "name: lightly_simclr", "two rows lightly_simclr"),
     ):
@@ -544,9 +573,36 @@ def test_an_ordering_is_judged_strictly() -> None:
     assert said[0].endswith(": says nothing, no better than untrained: fedema20_fedbyol")
 
 
-def test_the_page_agrees_with_the_results() -> None:
-    page = rows.PAGE.read_text()
-    assert rows.rendered(page, TABLE, RESULTS) == page, "scripts/reproduce --table writes it anew"
+def test_the_pages_agree_with_the_results() -> None:
+    for path, text in rows.pages(TABLE, RESULTS).items():
+        page = path.read_text()
+        assert rows.rendered(page, text) == page, f"scripts/reproduce --table writes {path.name} anew"
+        assert all(f"| {name} |" in page for name in TABLE.rows)
+
+
+def test_the_pages_are_written_anew(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name in ("RESULTS", "PAGE", "README"):
+        monkeypatch.setattr(rows, name, tiny.parent / name)
+    for path in (rows.PAGE, rows.README):
+        path.write_text(f"before\n{rows.BEGIN}\nstale\n{rows.END}\nafter\n")
+    output = tiny.parent / "RESULTS" / "reproduce-averaged.json"
+    command = ["--rows", str(tiny)]
+    assert reproduce.main(["averaged", *command, "--work", str(tiny.parent / "w"), "-o", str(output)]) == 0
+    assert reproduce.main(["--table", *command]) == 0
+    measured = rows.percent(json.loads(output.read_text())["measured"])
+    for path in (rows.PAGE, rows.README):
+        text = path.read_text()
+        assert text.startswith(f"before\n{rows.BEGIN}\n| row | what | published | ")
+        assert text.endswith(f"{rows.END}\nafter\n")
+        assert "stale" not in text
+        [line] = [line for line in text.splitlines() if line.startswith("| averaged |")]
+        assert f"| {measured} | holds |" in line
+    assert f"| averaged | a test | 50.00 | {measured} | holds |" in rows.README.read_text()
+    assert "| alone | a test | 50.00 |  | not measured |" in rows.README.read_text()
+    assert "1 of 4 rows are measured." in rows.README.read_text()
+    rows.README.write_text("no markers")
+    assert reproduce.main(["--table", *command]) == 2
+    assert "the page has no lines" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(RESULTS))

@@ -3,7 +3,7 @@
   scripts/reproduce --list                    what there is, and what has been measured
   scripts/reproduce NAME --data DIR           the row as published, on a GPU
   scripts/reproduce NAME --data DIR --cpu     its shrunken version, in minutes on two cores: for ordering only
-  scripts/reproduce --table                   write the table in benchmarks/published.md anew
+  scripts/reproduce --table                   write the tables in benchmarks/published.md and README.md anew
   scripts/reproduce --add FILE                take over results that scripts/gpu_acceptance brought (its rows.json)
 
 A row runs as `fedssl` would (grid=in_process), in WORK/<row>. An interruption of any kind, a kill too, costs the round
@@ -430,7 +430,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a row of benchmarks/rows.yaml")
     parser.add_argument("--list", action="store_true", help="show all rows and end")
-    parser.add_argument("--table", action="store_true", help="write benchmarks/published.md anew and end")
+    parser.add_argument("--table", action="store_true", help="write the tables of the pages anew and end")
     parser.add_argument("--add", type=Path, metavar="FILE", help="take over results and end")
     parser.add_argument("--data", metavar="DIR", help="data.root (default: as in conf/data)")
     parser.add_argument("--cpu", action="store_true", help="the shrunken version")
@@ -449,7 +449,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list:
             show(table)
         elif args.table:
-            rows.PAGE.write_text(rows.rendered(rows.PAGE.read_text(), table, read_results(table, rows.RESULTS)))
+            results = read_results(table, rows.RESULTS)
+            for page, text in rows.pages(table, results).items():
+                page.write_text(rows.rendered(page.read_text(), text))
         elif args.add:
             add(args.add, table)
         elif args.name is None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "benchmarks" / "rows.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "published.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
 
 
@@ -243,15 +244,30 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table and the orderings, as they stand between the markers of benchmarks/published.md."""
-    cells = [HEAD, ["---"] * len(HEAD), *lines(table, results)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    """The table and the orderings, as they stand in benchmarks/published.md."""
     orderings = "\n".join(f"- {line}" for line in ordering_lines(table, results))
-    return f"{BEGIN}\n{text}\n\n{orderings}\n{END}"
+    return f"{_grid(HEAD, lines(table, results))}\n\n{orderings}"
 
 
-def rendered(page: str, table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """`page` with what stands between the markers written anew.
+def short_markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table as it stands in the README: what is published and what is measured of it."""
+    chosen = [HEAD.index(name) for name in ("row", "what", "published", "measured", "verdict")]
+    cells = [[line[i] for i in chosen] for line in lines(table, results)]
+    count = sum(is_measured(results.get(row.file(False))) for row in table.rows.values())
+    return f"{_grid([HEAD[i] for i in chosen], cells)}\n\n{count} of {len(table.rows)} rows are measured."
+
+
+def pages(table: Table, results: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
+    """The pages that show the table, and what stands between their markers."""
+    return {PAGE: markdown(table, results), README: short_markdown(table, results)}
+
+
+def _grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
+
+
+def rendered(page: str, text: str) -> str:
+    """`page` with `text` between the markers.
 
     Raises:
         ConfigError: it has no markers.
@@ -260,4 +276,4 @@ def rendered(page: str, table: Table, results: Mapping[str, Mapping[str, Any]]) 
     _, ended, after = rest.partition(END)
     if not (found and ended):
         raise ConfigError(f"the page has no lines {BEGIN} and {END}")
-    return before + markdown(table, results) + after
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
