@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from fedssl.config import fill_in
 from fedssl.errors import ConfigError, DataError
 
 METRICS = {  # in the order of importance; the names are the reports' column heads
@@ -33,7 +34,9 @@ INERT = (
     "data.root", "data.download", "evaluate.root",
 )  # fmt: skip
 # Settings that say where or when a run happened, not what was run: they never tell two runs apart.
-INCIDENTAL = (*INERT, "grid", "device", "federation.min_replies", "federation.round_timeout")
+INCIDENTAL = (
+    *INERT, "grid", "device", "federation.min_replies", "federation.round_timeout", "federation.devices.idle_s",
+)  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
@@ -183,11 +186,12 @@ class Run:
         return {name: metrics for name, metrics in found.items() if metrics}
 
     def total(self, name: str) -> float | None:
-        """`uplink_bytes` or another sum over rounds; of an unfinished run, so far."""
+        """`uplink_bytes` or another sum over rounds; of an unfinished run, so far. None where a round lacks it."""
         if isinstance(self.summary.get(name), int | float):
             return float(self.summary[name])
-        values = self.server[name].dropna() if name in self.server else ()
-        return float(sum(values)) if len(values) else None
+        if name not in self.server or self.server[name].isna().any():
+            return None
+        return float(self.server[name].sum())
 
     def client_values(self, family: str, name: str) -> dict[int, float]:
         """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
@@ -217,12 +221,12 @@ class Run:
     @cached_property
     def choices(self) -> dict[str, str]:
         """The flattened configuration without what is incidental: what makes two runs the same but for the seed."""
-        return _settings(self.config, drop=INCIDENTAL + INCIDENTAL_OF_DATA)
+        return _settings(fill_in(self.config), drop=INCIDENTAL + INCIDENTAL_OF_DATA)
 
     @cached_property
     def conditions(self) -> dict[str, str]:
         """The flattened configuration without what has no consequence: what two runs of a comparison should share."""
-        return _settings(self.config, drop=INERT)
+        return _settings(fill_in(self.config), drop=INERT)
 
     @cached_property
     def provenance(self) -> dict[str, str]:
