@@ -78,7 +78,6 @@ def test_clients_state_their_effort(strategy: str, finished: Any) -> None:
         assert effort(row["metrics"], "image_passes"), row
 
 
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_four_rounds_learn_something_finite(strategy: str, finished: Any) -> None:
     run_dir = finished(strategy)

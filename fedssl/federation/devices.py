@@ -48,7 +48,9 @@ class Devices:
                 )
         for name in ("latency_s", "idle_s"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"federation.devices.{name} is in seconds and must be >= 0, got {getattr(self, name)}.")
+                raise ConfigError(
+                    f"federation.devices.{name} is in seconds and must be >= 0, got {getattr(self, name)}."
+                )
         speeds = self.images_per_second
         if speeds is not None:
             numbers = list(speeds.values()) if isinstance(speeds, Mapping) else [speeds]
