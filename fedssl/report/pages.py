@@ -109,7 +109,7 @@ def fraction(value: float | None, std: float | None = None) -> str:
     """An accuracy: "0.912", "0.912 ± 0.004"; a dash where it was not measured."""
     if value is None:
         return "–"
-    return f"{value:.3f}" + ("" if std is None else f" ± {std:.3f}")
+    return f"{value:.3f}".replace("-", "−") + ("" if std is None else f" ± {std:.3f}")
 
 
 def mean_and_std(values: Sequence[float]) -> str:
