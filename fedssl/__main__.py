@@ -84,14 +84,15 @@ def _compose_and_run(arguments: list[str]) -> int:
                 print(f"  note: strategy={strategy} does not read {' '.join(idle)}", flush=True)
             return code
 
-        code = _report_errors(work)
+        code, message = _outcome(work)
         if code == BAD_INPUT and not existed and run_dir.is_dir() and not any(run_dir.iterdir()):
             run_dir.rmdir()  # Hydra made it
         if code == OK:
             finished.append(run_dir)
         if hydra_config.mode == RunMode.MULTIRUN:
             overrides = list(hydra_config.overrides.task)
-            jobs.append({"job": hydra_config.job.num, "overrides": overrides, "exit_code": code})
+            job = {"job": hydra_config.job.num, "overrides": overrides, "exit_code": code}
+            jobs.append({**job, "message": message} if message else job)
             _record_sweep(Path(hydra_config.sweep.dir), jobs)
         else:
             jobs.append({"exit_code": code})
@@ -192,21 +193,29 @@ def _print_config(overrides: Sequence[str], config_dir: Path | None) -> int:
 
 # --- parts -------------------------------------------------------------------------------------------------------
 def _report_errors(work: Callable[[], int]) -> int:
-    """Do `work`; turn what it raises into one message and an exit code. Only a bug has a traceback."""
+    return _outcome(work)[0]
+
+
+def _outcome(work: Callable[[], int]) -> tuple[int, str]:
+    """Do `work`; print what it raises as one message, and return its exit code and that message ("" without one).
+
+    Only a bug has a traceback, of which the message is the last line.
+    """
     try:
-        return work()
+        return work(), ""
     except FedSSLError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        code, message = error.exit_code, str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+        code, message = BAD_INPUT, message_of(error)
     except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is kept, resume=<run directory> goes on", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    except Exception:
+        message = "interrupted; the last checkpoint is kept, resume=<run directory> goes on"
+        print(message, file=sys.stderr, flush=True)
+        return INTERRUPTED, message
+    except Exception as error:
         traceback.print_exc()
-        return BUG
+        return BUG, "".join(traceback.format_exception_only(error)).strip()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code, message
 
 
 def _finish(summary: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
@@ -249,7 +258,10 @@ def _check_sweep_dir(arguments: Sequence[str]) -> None:
 
 
 def _record_sweep(sweep_dir: Path, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """`sweep.json`: every job so far with its overrides and exit code, those too that left no run directory."""
+    """`sweep.json`: every job so far, those too that left no run directory.
+
+    Each has `job`, `overrides`, `exit_code` and, where it printed an error, `message`.
+    """
     from fedssl.tracking import write_json
 
     write_json(sweep_dir / "sweep.json", {"jobs": list(jobs)})

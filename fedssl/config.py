@@ -5,6 +5,7 @@ A *resolved* configuration is a plain mapping (numbers, strings, lists, mappings
 """
 
 import collections.abc
+import copy
 import difflib
 import inspect
 import json
@@ -13,6 +14,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from fedssl.errors import ConfigError
 
 CONFIG_NAME = "config"
 EVALUATION_NAME = "evaluation"
+AS_BEFORE_NAME = "as_before"
 FOR_STRATEGIES = ("codec", "distill", "downlink", "embedding", "ensemble")  # read by strategies that refer to them
 OF_THE_ROUNDS = ("_target_", "every", "source")  # keys of a run's `evaluate` that mean nothing once it is over
 OF_A_FINISHED_RUN = ("device", "data.root", "client.store")  # where it is evaluated, and where its files are now
@@ -163,6 +166,23 @@ def _named_source(
     resolved = OmegaConf.to_container(source, resolve=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def fill_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a run has saved it, with the settings that have come since (conf/as_before.yaml)."""
+    return _filled(config, _as_before())
+
+
+@cache
+def _as_before() -> dict[str, Any]:
+    node: dict[str, Any] = yaml.safe_load((conf_dir() / f"{AS_BEFORE_NAME}.yaml").read_text())
+    return node
+
+
+def _filled(saved: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    added = {key: copy.deepcopy(value) for key, value in node.items() if key not in saved}
+    both = [key for key in node if isinstance(node[key], Mapping) and isinstance(saved.get(key), Mapping)]
+    return {**saved, **added, **{key: _filled(saved[key], node[key]) for key in both}}
 
 
 def overridden(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

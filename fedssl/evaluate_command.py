@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedssl.config import EVALUATION_NAME, compose_evaluation, conf_dir, instantiate
+from fedssl.config import EVALUATION_NAME, compose_evaluation, conf_dir, fill_in, instantiate
 from fedssl.errors import ConfigError, FedSSLError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _evaluate(run_dir: Path, overrides: Sequence[str], config_dir: Path | None, 
 
     started = time.monotonic()
     ended = _completed(run_dir)
-    saved, summary, rounds = ended.config, ended.summary, int(ended.summary["rounds"])
+    saved, summary, rounds = fill_in(ended.config), ended.summary, int(ended.summary["rounds"])
     config, node = compose_evaluation(saved, overrides, config_dir=config_dir)
     thorough = instantiate(node)
     _check_store(saved, config)

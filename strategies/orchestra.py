@@ -26,9 +26,9 @@ to equal sizes, which is what the paper promises. Sinkhorn makes a fixed number 
 right to 1 %, at most 100). The first global centroids start from local ones (there: from noise).
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
@@ -182,12 +182,11 @@ class OrchestraClient:
             memory_size=self.memory_size,
             rotations=client.generator("orchestra rotations"),
         )
-        metrics: dict[str, float] = {}
         if centroids_of(model).weight.any():
             metrics = client.train(model, epochs=self.local_epochs, method=method)
             memory = client.memory[f"method/{client.family}/memory"]
         else:
-            memory = first_memory(client, model, method)
+            memory, metrics = first_memory(client, model, method)
         centroids = equal_kmeans(
             memory,
             self.num_local,
@@ -202,17 +201,27 @@ class OrchestraClient:
         return client.upload(arrays, metrics, codec="weights")
 
 
-def first_memory(client: Client, model: Model, method: ClusterAndRotate) -> Float[Tensor, "m d"]:
-    """The memory of a model that has not been trained, on the CPU."""
+def first_memory(
+    client: Client, model: Model, method: ClusterAndRotate
+) -> tuple[Float[Tensor, "m d"], dict[str, float]]:
+    """The memory of a model that has not been trained, on the CPU; and `image_passes` and `seconds` of filling it."""
     with client.doing("filling the memory"):
+        started = time.perf_counter()
         images, size = client.private_set, client.local.batch_size
         draws = generator(client.seed, "orchestra first views", client.round_num, client.partition_id, client.device)
         pixels = images.take(np.arange(len(images))).to(client.device)
         state = method.new_state(model).to(client.device).train()
-        method.prepare(
-            model, state, (client.views(batch, draws) for _ in count() for batch in torch.split(pixels, size))
-        )
-        return state.memory.cpu()
+        passed: list[int] = []
+
+        def views() -> Iterator[Float[Tensor, "b 3 s s"]]:
+            while True:
+                for batch in torch.split(pixels, size):
+                    passed.append(len(batch) if len(batch) > 1 else 0)  # `prepare` leaves one image out
+                    yield client.views(batch, draws)
+
+        method.prepare(model, state, views())
+        memory = state.memory.cpu()
+        return memory, {"image_passes": float(sum(passed)), "seconds": time.perf_counter() - started}
 
 
 # --- the server --------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ class PlaceboClient:
     def __call__(self, client: Client, broadcast: Broadcast) -> Upload:
         """One round of one client; the broadcast is received (its bytes count) and ignored."""
         model = client.untrained()
-        arrays, metrics = client.similarities(model, embedding=self.embedding, codec=self.codec)
+        arrays, measures = client.similarities(model, embedding=self.embedding, codec=self.codec)
+        metrics = {**measures, "seconds": 0.0, "image_passes": 0.0}  # nothing is trained
         if self.distillation.student_init == "fedavg_of_family":
             arrays |= client.weights(model)
         return client.upload(arrays, metrics, codec=self.codec.name)

@@ -543,6 +543,7 @@ def test_a_sweep_records_the_job_it_refuses_and_runs_the_others(command: Command
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
     assert [(job["job"], job["exit_code"]) for job in jobs] == [(0, 0), (1, 0), (2, 2), (3, 2)]
     assert "strategy=public_only" in jobs[1]["overrides"]
+    assert [job.get("message", "")[:40] for job in jobs] == ["", "", *["federation.cohort_size must be between 1"] * 2]
     directories = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert directories == ["0", "1"]
     for number, own, sibling in ((0, "fedavg", "public_only"), (1, "public_only", "fedavg")):

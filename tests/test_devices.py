@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from flwr.app import Message
+from safetensors.torch import load_file, save_file
 
 import fedssl
 from fedssl.__main__ import main
-from fedssl.config import compose, instantiate
+from fedssl.config import compose, fill_in, instantiate
 from fedssl.errors import ConfigError, PayloadError, TooFewRepliesError
 from fedssl.federation import simulation
 from fedssl.federation.checkpoint import Checkpoints
@@ -23,6 +25,7 @@ from fedssl.federation.records import Upload
 from fedssl.federation.roster import Member
 from fedssl.federation.rounds import Failure, gather
 from fedssl.federation.setup import Setup
+from fedssl.report.runs import read_run
 from fedssl.seeding import numpy_generator
 from tests.federation_helpers import (
     WITH_CLIENTS,
@@ -45,6 +48,7 @@ DEVICES = Devices(
     straggler_slowdown=3.0,
     availability=1.0,
     deadline_s=None,
+    idle_s=60.0,
 )
 NODE = "federation.devices."
 QUICK = ("federation.num_clients=8", "data.num_images=200", "evaluate.every=9", "federation.num_rounds=3")
@@ -92,7 +96,28 @@ def test_seconds_that_cannot_be_are_refused(value: float) -> None:
             devices.seconds(downlink_bytes=1, uplink_bytes=1, metrics={name: value}, family="tiny", straggler=False)
 
 
-def test_a_round_waits_for_the_slowest_or_until_the_deadline() -> None:
+@pytest.mark.parametrize(
+    ("deadline_s", "asked", "answered", "expected"),
+    [
+        (None, 3, [1.0, 4.0, 2.0], 4.0),
+        (None, 3, [1.0, 2.0], 2.0),  # one has crashed: until the others are done
+        (None, 2, [], 60.0),
+        (None, 0, [], 60.0),
+        (3.0, 3, [1.0, 2.0, 3.0], 3.0),  # in time to the second
+        (3.0, 2, [1.0, 2.0], 2.0),  # nobody is waited for any longer
+        (3.0, 3, [1.0, 2.0, 4.0], 3.0),  # one is late
+        (3.0, 3, [1.0, 2.0], 3.0),  # one has crashed, and nobody told the server
+        (3.0, 2, [], 3.0),
+        (3.0, 0, [], 60.0),  # no upload could come
+    ],
+)
+def test_how_long_a_server_waits(
+    deadline_s: float | None, asked: int, answered: Sequence[float], expected: float
+) -> None:
+    assert dataclasses.replace(DEVICES, deadline_s=deadline_s).wait(asked, answered) == expected
+
+
+def test_who_comes_after_the_deadline_is_late() -> None:
     """Clients 1 to 4 would take 1 to 4 s; 2 raises, 3 is refused for another reason, 5 never answers."""
 
     def simulate(member: Member, sent: Message, reply: Message) -> float:
@@ -113,7 +138,6 @@ def test_a_round_waits_for_the_slowest_or_until_the_deadline() -> None:
 
     everyone = ask([1, 2, 3, 4], None)
     assert everyone.simulated == {1: 1.0, 3: 3.0, 4: 4.0}
-    assert everyone.simulated_wait(None) == 4.0
     assert [f.kind for f in everyone.failures] == ["failed", "refused"]
     assert everyone.unforeseen == everyone.failures
 
@@ -124,14 +148,51 @@ def test_a_round_waits_for_the_slowest_or_until_the_deadline() -> None:
     assert late.failures[2] == Failure(partition=4, kind="late", reason=reason)
     assert [f.partition for f in late.unforeseen] == [2, 3]
     assert late.count("late") == 1
-    assert late.simulated_wait(3.0) == 3.0
     assert late.uplink_bytes == everyone.uplink_bytes  # it was sent
+    assert [f.partition for f in ask([1, 5], 3.0).unforeseen] == [5]
 
-    assert ask([1], 3.0).simulated_wait(3.0) == 1.0  # nobody is waited for any longer
-    silent = ask([1, 5], 3.0)
-    assert silent.simulated_wait(3.0) == 3.0
-    assert [f.partition for f in silent.unforeseen] == [5]
-    assert ask([2], None).simulated_wait(None) == 0.0
+
+@pytest.mark.parametrize(("speed", "name"), [(100.0, "image_passes"), (None, "seconds")])
+def test_effort_that_is_not_stated_is_refused(speed: float | None, name: str) -> None:
+    """It would be computed in no time."""
+    devices = dataclasses.replace(DEVICES, images_per_second=speed)
+
+    def seconds(metrics: dict[str, float]) -> float:
+        return devices.seconds(downlink_bytes=0, uplink_bytes=0, metrics=metrics, family="tiny", straggler=False)
+
+    for metrics in ({"loss": 1.0, f"report_{name}": 5.0}, {}):
+        with pytest.raises(PayloadError, match=rf"it states no {name}, of which its simulated time is made"):
+            seconds(metrics)
+    assert seconds({name: 0.0}) == DEVICES.latency_s
+
+
+@pytest.mark.parametrize("images_per_second", ["null", "1000"])
+def test_a_client_half_that_states_no_effort(images_per_second: str, tmp_path: Path) -> None:
+    """Measured seconds are those of its whole task; without image passes there is nothing to divide."""
+    overrides = ("strategy=fedavg", "federation.num_rounds=1", "evaluate.every=9", "federation.min_replies=3")
+    config = small(tmp_path / "run", *overrides, f"{NODE}images_per_second={images_per_second}")
+    config["strategy"]["client"] = {"_target_": "tests.test_devices.Silent", "inner": config["strategy"]["client"]}
+    fedssl.run(config)
+    (row,) = rows(tmp_path / "run", "round")
+    clients = {row["partition"]: row["metrics"] for row in raw_rows(tmp_path / "run", "client")}
+    if images_per_second == "null":
+        assert row["metrics"]["num_ok"] == 4
+        assert clients[2]["simulated_seconds"] > 0.1 + clients[2]["seconds"] > 0.1
+    else:
+        assert (row["metrics"]["num_ok"], row["metrics"]["num_refused"]) == (3, 1)
+        assert row["metrics"]["failures"][0]["reason"].startswith("it states no image_passes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silent:
+    """A client half that on partition 2 says nothing of what it did."""
+
+    inner: Any
+
+    def __call__(self, client: Any, broadcast: Any) -> Upload:
+        upload: Upload = self.inner(client, broadcast)
+        kept = {"num-examples": upload.metrics["num-examples"]}
+        return dataclasses.replace(upload, metrics=kept) if client.partition_id == 2 else upload
 
 
 def test_a_lie_about_effort_is_a_refused_upload(tmp_path: Path) -> None:
@@ -245,6 +306,60 @@ def test_draws_are_the_same_after_a_resume(tmp_path: Path, monkeypatch: pytest.M
     assert_same(final_arrays(tmp_path / "resumed"), final_arrays(tmp_path / "straight"))
 
 
+# --- runs of earlier versions ---
+def test_a_run_of_before_there_were_devices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With devices that change nothing; what its first rounds would have taken stays unknown."""
+    overrides = ("strategy=fedavg", "evaluate.every=9")
+    fedssl.run(small(tmp_path / "straight", *overrides))
+    run_dir = tmp_path / "run"
+    run_interrupted(small(run_dir, *overrides), monkeypatch, before_round=2)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del config["federation"]["devices"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in run_dir.glob("checkpoints/*/progress.json"):
+        progress = json.loads(path.read_text())
+        del progress["simulated_seconds"]
+        progress["server_row"].pop("simulated_seconds", None)
+        path.write_text(json.dumps(progress))
+    assert main([f"resume={run_dir}"]) == 0
+    assert_same(final_arrays(run_dir), final_arrays(tmp_path / "straight"))
+    assert json.loads((run_dir / "summary.json").read_text())["simulated_seconds"] is None
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["federation"]["devices"]["availability"] == 1
+    run = read_run(run_dir)
+    assert run.total("simulated_seconds") is run.spent("simulated_seconds") is None
+    assert main([f"replay.run={run_dir}", "replay.round=2", "replay.partition=0"]) == 0
+
+
+def test_what_is_filled_in_is_what_is_absent() -> None:
+    saved = {"seed": 3, "federation": {"num_clients": 5, "devices": {"availability": 0.5}}}
+    filled = fill_in(saved)
+    assert saved["federation"] == {"num_clients": 5, "devices": {"availability": 0.5}}
+    assert (filled["seed"], filled["federation"]["num_clients"]) == (3, 5)
+    devices = filled["federation"]["devices"]
+    assert (devices["availability"], devices["deadline_s"], devices["idle_s"]) == (0.5, None, 0)
+    assert fill_in(filled) == filled
+    now = compose([])
+    assert fill_in(now) == now
+    assert devices.keys() == now["federation"]["devices"].keys()
+
+
+def test_models_under_the_names_of_an_earlier_version_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a word the client would start anew."""
+    run_dir = tmp_path / "run"
+    run_interrupted(small(run_dir, "strategy=local_only", "evaluate.every=9"), monkeypatch, before_round=2)
+    for path in run_dir.glob("clients/3/*.safetensors"):
+        save_file({name.removeprefix("models/"): value for name, value in load_file(path).items()}, path)
+    for arguments in ([f"resume={run_dir}"], [f"replay.run={run_dir}", "replay.round=2", "replay.partition=3"]):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "holds a model as an earlier version of fedssl kept it (conv4_4/backbone." in said
+        assert "begin a new run" in said
+        assert "Traceback" not in said
+    assert main([f"replay.run={run_dir}", "replay.round=2", "replay.partition=2"]) == 0
+
+
 # --- nobody is there ---
 def test_a_round_without_anybody_ends_the_run(tmp_path: Path) -> None:
     config = small(tmp_path / "run", "strategy=fedavg", f"{NODE}availability=1e-9")
@@ -264,9 +379,11 @@ def test_min_replies_is_no_smaller_where_few_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", WITH_CLIENTS)
 def test_a_run_can_go_on_without_anybody(strategy: str, tmp_path: Path) -> None:
-    """And every family keeps what it has, or learns without clients."""
+    """And every family keeps what it has, or learns without clients; the server waits."""
     overrides = (f"strategy={strategy}", f"{NODE}availability=1e-9", "federation.min_replies=0", "evaluate.every=9")
-    assert fedssl.run(small(tmp_path / "run", *overrides, "federation.num_rounds=1"))["status"] == "completed"
+    summary = fedssl.run(small(tmp_path / "run", *overrides, "federation.num_rounds=1", f"{NODE}idle_s=500"))
+    assert summary["status"] == "completed"
+    assert 500 <= summary["simulated_seconds"] < 560
 
 
 # --- the deadline ---
@@ -333,6 +450,19 @@ def test_who_is_late_is_not_merged(strategy: str, tmp_path: Path) -> None:
     assert_same(final_arrays(tmp_path / "late"), final_arrays(tmp_path / "failed"))
 
 
+@pytest.mark.parametrize(("deadline_s", "expected"), [("50", 50), ("null", 0.1)])
+def test_a_client_that_crashes_is_waited_for_until_the_deadline(
+    deadline_s: str, expected: float, tmp_path: Path
+) -> None:
+    """Without one, until the others are done: 0.1 s of latency, and next to nothing at that speed."""
+    speed = (f"{NODE}images_per_second=1e9", f"{NODE}uplink_mbps=inf", f"{NODE}downlink_mbps=inf")
+    overrides = ("strategy=fedavg", "federation.num_rounds=1", "evaluate.every=9", f"{NODE}deadline_s={deadline_s}")
+    fedssl.run(sabotaged(small(tmp_path / "run", *overrides, *speed), "raise", round_num=1, partitions=[1]))
+    ((row, server),) = zip(rows(tmp_path / "run", "round"), raw_rows(tmp_path / "run", "server"), strict=True)
+    assert (row["metrics"]["num_ok"], row["metrics"]["num_failed"]) == (3, 1)
+    assert expected <= server["metrics"]["simulated_seconds"] < expected + server["metrics"]["seconds"]
+
+
 def test_too_many_late_ones_end_the_run(tmp_path: Path) -> None:
     config = small(tmp_path / "run", *DEADLINE, "strategy=fedavg", f"{NODE}stragglers=0.75")
     with pytest.raises(TooFewRepliesError, match=r"2 usable replies of 8, federation.min_replies asks for 4"):
@@ -372,6 +502,7 @@ def test_without_clients_only_the_server_takes_time(strategy: str, tmp_path: Pat
         (["uplink_mbps=0"], r"devices\.uplink_mbps is in megabits per second and must be > 0, got 0"),
         (["downlink_mbps=-1"], r"devices\.downlink_mbps .* got -1"),
         (["latency_s=-0.1"], r"devices\.latency_s is in seconds and must be >= 0, got -0\.1"),
+        (["idle_s=-1"], r"devices\.idle_s is in seconds and must be >= 0, got -1"),
         (["images_per_second=0"], r"devices\.images_per_second must be a number > 0, a mapping"),
         (
             ["images_per_second=fast"],

@@ -30,8 +30,16 @@ def test_as_scipy_has_it(n: int) -> None:
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
 
-def test_equal_differences_leave_no_doubt() -> None:
-    assert paired_difference({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5}) == Difference(n=2, mean=0.25, low=0.25, high=0.25)
+def test_equal_differences_have_an_interval_without_width() -> None:
+    found = paired_difference({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5})
+    assert found == Difference(n=2, mean=0.25, low=0.25, high=0.25)
+    assert found.constant
+    rounded = paired_difference({0: 0.95, 1: 0.96, 2: 0.1 + 0.2}, {0: 0.93, 1: 0.94, 2: 0.28})
+    assert rounded is not None
+    assert rounded.constant  # 0.02 each, but for the last binary digit
+    wide = paired_difference({0: 0.95, 1: 0.9601}, {0: 0.93, 1: 0.94})
+    assert wide is not None
+    assert not wide.constant
 
 
 @pytest.mark.parametrize(("ours", "reference"), [({0: 1.0}, {0: 1.0}), ({0: 1.0, 1: 1.0}, {1: 0.5, 2: 0.5}), ({}, {})])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -604,8 +605,9 @@ def test_a_section_without_the_reference_says_so(tmp_path: Path) -> None:
 
 
 def test_colour_says_whether_the_interval_leaves_out_zero() -> None:
-    trends = [Cell(text="", delta=0.1, interval=ends).trend for ends in ((-0.1, 0.3), (0.05, 0.15), (-0.3, -0.1))]
-    assert trends == ["", "up", "down"]
+    intervals = ((-0.1, 0.3), (0.05, 0.15), (-0.3, -0.1), (0.1, 0.1))
+    trends = [Cell(text="", delta=0.1, interval=ends).trend for ends in intervals]
+    assert trends == ["", "up", "down", ""]  # without a width it knows of no spread
 
 
 @pytest.mark.parametrize(
@@ -624,6 +626,142 @@ def test_a_group_or_key_that_no_run_has_is_refused(
 
 
 @words
+def test_an_interval_without_width_is_not_coloured_and_says_why(sweep: Path, tmp_path: Path) -> None:
+    """fedavg is 0.02 below flesd on both seeds."""
+    said = "An interval without width does not count (and is not coloured)"
+    compare([sweep], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<span class="">−0.020</span>' in page
+    assert '<span class="down">−0.470</span>' in page
+    assert said in page
+    for i, linear in enumerate((0.9, 0.91, 0.92, 0.95)):
+        make_run(tmp_path / "runs" / str(i), seed=i % 2, strategy=("flesd", "fedavg")[i // 2], linear=linear)
+    assert said not in compare([tmp_path / "runs"], tmp_path / "out").summary()
+
+
+@words
+def test_a_reference_that_was_chosen_among_several_says_so(tmp_path: Path) -> None:
+    for i in range(6):
+        linear = 0.95 + (i // 2) / 100 + (i % 2) * i / 1000
+        config = epochs(1 + i // 2) if i < 4 else {}
+        make_run(tmp_path / str(i), seed=i % 2, linear=linear, strategy="flesd" if i < 4 else "fedavg", config=config)
+    text = compare([tmp_path], tmp_path / "out", against="flesd").summary()
+    assert "### Differences from flesd (local_epochs=2), same seeds" in text
+    assert "The reference is the best of the 2 groups of flesd on these very seeds, which flatters it" in text
+    assert "--against 'flesd (local_epochs=2)' names one" in text
+    for against in ("flesd (local_epochs=2)", "fedavg"):
+        assert "flatters" not in compare([tmp_path], tmp_path / "out", against=against).summary()
+    assert "The reference is the best on these very seeds" in compare([tmp_path], tmp_path / "out").summary()
+
+
+@words
+@pytest.mark.parametrize("against", [None, "flesd"])
+def test_one_seed_gives_no_interval(against: str | None, tmp_path: Path) -> None:
+    for i, strategy in enumerate(("flesd", "fedavg")):
+        make_run(tmp_path / str(i), strategy=strategy)
+    text = compare([tmp_path], tmp_path / "out", against=against).summary()
+    assert "No differences with an interval: that takes two seeds that both have, and one seed gives none." in text
+    assert "### Differences" not in text
+
+
+@words
+def test_pictures_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    for i in range(10):
+        run = make_run(tmp_path / "runs" / str(i), strategy=f"s{i}", seed=i)
+        write_map(run)
+    compare([tmp_path / "runs"], tmp_path / "out")
+    seen = texts((tmp_path / "out" / "report.html").read_text())
+    assert "4 more partitions not shown here: each run&#39;s own report.html has its." in seen
+    assert "2 more maps not shown here" in seen  # eight and the one before training
+    captions = re.findall(r"<figcaption>([^<]*, seed \d)</figcaption>", (tmp_path / "out" / "report.html").read_text())
+    assert len(captions) == 9
+    compare([tmp_path / "runs" / str(i) for i in range(6)], tmp_path / "out")
+    assert "not shown here" not in texts((tmp_path / "out" / "report.html").read_text())
+
+
+def test_missing_controls_are_named(tmp_path: Path) -> None:
+    strategies = ("flesd", "public_only", "placebo", "best_client", "fedavg", "centralized")
+    for strategy in strategies:
+        make_run(tmp_path / strategy, strategy=strategy, status="stopped" if strategy == "placebo" else "completed")
+    without_range = make_run(tmp_path / "local_only", strategy="local_only")
+    found = caveats(sections_of(tmp_path)[0])[-1]
+    assert found.startswith("Controls that are missing here: placebo, lowest and highest client of local_only. ")
+    shutil.rmtree(without_range)
+    shutil.rmtree(tmp_path / "placebo")
+    make_run(tmp_path / "local_only", strategy="local_only", spread=0.01)
+    make_run(tmp_path / "placebo", strategy="placebo")
+    assert not any("missing" in warning for warning in caveats(sections_of(tmp_path)[0]))
+    for run in tmp_path.iterdir():
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        kept = [line for line in lines if (line["scope"], line["round"]) != ("eval", 0)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert caveats(sections_of(tmp_path)[0])[-1].startswith("Controls that are missing here: random init. ")
+
+
+def test_controls_that_differ_within_a_seed_are_a_warning(tmp_path: Path) -> None:
+    """Of seed 1; a difference that no reader would see is none."""
+    for i, (strategy, seed, initial) in enumerate(
+        [("flesd", 0, "0.51"), ("fedavg", 0, "0.5101"), ("flesd", 1, "0.51"), ("fedavg", 1, "0.55")]
+    ):
+        path = make_run(tmp_path / str(i), strategy=strategy, seed=seed) / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"linear_top1": 0.51,', f'"linear_top1": {initial},'))
+    (section,) = sections_of(tmp_path)
+    assert [warning for warning in caveats(section) if "not one control" in warning] == [
+        "random init is not one control: of seed 1 its linear is 0.510 in the table and 0.550 in fedavg (seed 1). "
+        "These runs' settings or machines differ in what it is made of."
+    ]
+
+
+# --- jobs that left no run
+REFUSED = {"job": 1, "overrides": ["seed=0", "strategy=krum"], "exit_code": 2, "message": "krum needs\n3 clients"}
+
+
+@words
+def test_jobs_that_left_no_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Job 1 was refused; 2 ended with an error and left a run, which is named as such; 3 is of before messages."""
+    make_run(tmp_path / "sweep" / "0")
+    make_run(tmp_path / "sweep" / "2", status="failed")
+    jobs = [
+        {"job": 0, "overrides": ["seed=0", "strategy=flesd"], "exit_code": 0},
+        REFUSED,
+        {"job": 2, "overrides": ["seed=0", "strategy=fedavg"], "exit_code": 3, "message": "too few"},
+        {"job": 3, "overrides": ["seed=0", "strategy=fedprox"], "exit_code": 2},
+    ]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert main([str(tmp_path), str(tmp_path / "sweep"), "-o", str(tmp_path / "out")]) == 0
+    sweep = tmp_path / "sweep"
+    said = f"job 1 of {sweep} (strategy=krum): exit code 2: krum needs 3 clients"
+    page = texts((tmp_path / "out" / "report.html").read_text())
+    for text in (capsys.readouterr().err, page, (tmp_path / "out" / "results.md").read_text()):
+        assert text.count(said) == 1
+        assert f"job 3 of {sweep} (strategy=fedprox): exit code 2" in text
+        assert "too few" not in text
+        assert "job 0" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "sweep.json cannot be read"),
+        ("[]", "sweep.json holds no mapping"),
+        ('{"jobs": [{"job": 1}]}', "sweep.json holds something else than a sweep's jobs"),
+        ('{"jobs": 7}', "sweep.json holds something else than a sweep's jobs"),
+    ],
+)
+@words
+def test_a_broken_sweep_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "sweep" / "0")
+    (tmp_path / "sweep" / "sweep.json").write_text(text)
+    assert message in compare([tmp_path], tmp_path / "out").broken[tmp_path / "sweep" / "sweep.json"]
+
+
+def test_a_sweep_of_refused_jobs_alone_says_why(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [REFUSED]}))
+    with pytest.raises(ConfigError, match=r"No run in .*\njob 1 of .*: exit code 2: krum needs 3 clients"):
+        compare([tmp_path], tmp_path / "out")
+
+
+@words
 def test_missing_seeds_and_unfinished_runs_are_named(sweep: Path, tmp_path: Path) -> None:
     compare([sweep], tmp_path)
     for text in ((tmp_path / "results.md").read_text(), texts((tmp_path / "report.html").read_text())):
@@ -633,6 +771,13 @@ def test_missing_seeds_and_unfinished_runs_are_named(sweep: Path, tmp_path: Path
         assert f"centralized, seed 0: unfinished after round 3 ({sweep / '12'})" in text
         assert "flesd has no run" not in text
         assert "Not only" not in text
+
+
+def beside_missing(section: Section) -> list[str]:
+    """The warnings without the one of missing controls, which these runs all have."""
+    *warnings, missing = caveats(section)
+    assert missing.startswith("Controls that are missing here: ")
+    return warnings
 
 
 def epochs(num: int) -> dict[str, Any]:
@@ -658,7 +803,7 @@ def test_a_sweep_over_one_setting_compares_that_setting(tmp_path: Path) -> None:
     (section,) = sections_of(tmp_path)
     assert section.compared == ("client.local_epochs",)
     assert [group.label for group in section.groups] == ["flesd (local_epochs=1)", "flesd (local_epochs=2)"]
-    assert caveats(section) == []
+    assert beside_missing(section) == []
     assert section.reference("flesd") is section.groups[0]  # the better of its two
     assert section.reference("flesd (local_epochs=2)") is section.groups[1]
 
@@ -671,12 +816,35 @@ def test_another_class_may_bring_other_settings(tmp_path: Path) -> None:
     assert [warning for warning in caveats(section) if "Not only" in warning] == []
 
 
-def test_a_strategys_own_setting_is_of_the_strategy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["rate"], ["rate", "decay"]])
+def test_a_strategys_own_setting_is_of_the_strategy(names: Sequence[str], tmp_path: Path) -> None:
     for i in range(2):
-        make_run(tmp_path / str(i), config={"strategy": {"_target_": "strategies.flesd.FLESD", "rate": i}})
+        own = dict.fromkeys(names, i)
+        make_run(tmp_path / str(i), config={"strategy": {"_target_": "strategies.flesd.FLESD", **own}})
+    (section,) = sections_of(tmp_path)
+    assert section.compared == (("strategy.rate",) if len(names) == 1 else ("strategy",))
+    assert not any("Not only" in warning for warning in caveats(section))
+
+
+def test_a_copy_in_the_strategy_is_excused_by_its_original_alone(tmp_path: Path) -> None:
+    """One strategy alone trains for five epochs, which client.local_epochs does not say."""
+    for i, (strategy, own) in enumerate([("flesd", 5), ("fedavg", 1), ("placebo", None)]):
+        client = {} if own is None else {"local_epochs": own, "name": strategy}
+        node = {"_target_": f"strategies.{strategy}.X", "client": client, "rate": i}
+        make_run(tmp_path / str(i), strategy=strategy, config={"client": {"local_epochs": 1}, "strategy": node})
     (section,) = sections_of(tmp_path)
     assert section.compared == ("strategy",)
+    named = "Not only strategy: strategy.client.local_epochs is 5 in flesd; 1 in fedavg; unset in placebo."
+    assert [warning for warning in caveats(section) if "Not only" in warning] == [named]
+    (section,) = sections_of(tmp_path, "strategy", "strategy.client.local_epochs")
     assert not any("Not only" in warning for warning in caveats(section))
+
+
+def test_a_copy_that_one_strategy_does_not_have_is_no_difference(tmp_path: Path) -> None:
+    for i, strategy in enumerate(("flesd", "placebo")):
+        node = {"_target_": f"strategies.{strategy}.X", **({"local_epochs": 1} if i == 0 else {})}
+        make_run(tmp_path / str(i), strategy=strategy, config={"client": {"local_epochs": 1}, "strategy": node})
+    assert not any("Not only" in warning for warning in caveats(sections_of(tmp_path)[0]))
 
 
 def test_two_settings_at_once_are_a_warning(tmp_path: Path) -> None:
@@ -702,7 +870,7 @@ def test_another_machine_or_commit_is_a_warning(tmp_path: Path) -> None:
     silent = make_run(tmp_path / "2", seed=2, config={"device": "cpu"})
     (silent / "manifest.json").write_text(json.dumps({"data": manifest["data"]}))
     (section,) = sections_of(tmp_path)
-    assert caveats(section) == [
+    assert beside_missing(section) == [
         "Not only the seed: device is cpu in flesd (seed 0, 2); cuda in flesd (seed 1).",
         "Not only the seed: git.commit (manifest) is abc0 in flesd (seed 0); abc1 in flesd (seed 1).",
     ]
@@ -720,7 +888,7 @@ def test_a_seed_that_ran_twice_counts_once_in_paired_differences(tmp_path: Path)
         make_run(tmp_path / str(i), seed=seed, linear=linear)
     (section,) = sections_of(tmp_path)
     assert section.groups[0].by_seed("linear_top1") == pytest.approx({0: 0.92, 1: 0.96})
-    assert caveats(section) == [
+    assert beside_missing(section) == [
         "flesd has more than one run of seed 0: each counts in the means, their mean in paired differences."
     ]
 

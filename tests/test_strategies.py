@@ -22,7 +22,7 @@ from fedssl.federation import simulation
 from fedssl.federation.arrays import to_record
 from fedssl.federation.client import MODELS
 from fedssl.federation.flower_compat import SERVER_NODE_ID, identify_process, make_context, stamp
-from fedssl.federation.records import Header, Upload, family_state, model_state, num_bytes
+from fedssl.federation.records import Header, Upload, effort, family_state, model_state, num_bytes
 from fedssl.federation.server import Server, image_passes
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
@@ -71,6 +71,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # --- the contract of all ---
+@pytest.mark.parametrize("strategy", WITH_CLIENTS)
+def test_clients_state_their_effort(strategy: str, finished: Any) -> None:
+    """Simulated time is made of it, and with a deadline who is late (`federation.devices`)."""
+    for row in rows(finished(strategy), "client"):
+        assert effort(row["metrics"], "image_passes"), row
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_four_rounds_learn_something_finite(strategy: str, finished: Any) -> None:
     run_dir = finished(strategy)

@@ -30,7 +30,7 @@ class Progressed:
     uplink_bytes: int
     downlink_bytes: int
     wall_seconds: float
-    simulated_seconds: float
+    simulated_seconds: float | None = None  # None: not known of the first rounds, of before it was counted
     metrics_offset: int  # bytes of metrics.jsonl that belong to this and earlier rounds
     server_row: dict[str, Any]  # the round's server row, written after the checkpoint
     failed_rounds: list[int]  # rounds with a failed client: their bases are kept for `replay`

@@ -1,6 +1,6 @@
 """What a strategy's client half may touch, and what it is handed and returns."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from fedssl.data.public import PublicSet
 from fedssl.data.views import Views
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Target
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, DataError
 from fedssl.evaluate import Evaluator
 from fedssl.federation.embedding import embed
 from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
@@ -237,9 +237,36 @@ class Client:
 
 
 def own_model(memory: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The state of the model of `family` that a client remembers; empty if there is none."""
+    """The state of the model of `family` that a client remembers; empty if there is none.
+
+    Raises:
+        DataError: see `check_names`.
+    """
+    check_names(memory, [family], "a client's memory")
     prefix = f"{MODELS}{family}/"
     return {name.removeprefix(prefix): value for name, value in memory.items() if name.startswith(prefix)}
+
+
+def check_names(names: Iterable[str], families: Iterable[str], where: str) -> None:
+    """Refuse a memory with models that an earlier version kept, as <family>/<parameter>.
+
+    Nobody would find them, and the client would start from the initial weights without a word.
+
+    Args:
+        names: of the memory's entries.
+        families: whose models it may hold.
+        where: the memory, for the message.
+
+    Raises:
+        DataError: it does.
+    """
+    old = tuple(f"{family}/backbone." for family in families)
+    if (found := next((name for name in names if name.startswith(old)), None)) is not None:
+        raise DataError(
+            f"{where} holds a model as an earlier version of fedssl kept it ({found}); this one looks for "
+            f"{MODELS}{found} and would start that client anew. Go on with the version that began the run (git.commit "
+            f"in its manifest.json), or begin a new run."
+        )
 
 
 @runtime_checkable

@@ -1,5 +1,7 @@
 """The one Flower `ClientApp`: it turns a message into a `Client` and a `Broadcast` and calls the client half."""
 
+import time
+
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -53,7 +55,8 @@ def make_client_app(
         client.memory = store.read(client.partition_id, before=client.round_num)
         try:
             assert update is not None, "the strategy has no client half"
-            upload = update(client, broadcast)
+            started = time.perf_counter()
+            upload = update(client, broadcast).measured(time.perf_counter() - started)
             if client.memory:
                 with client.doing("writing the client store"):
                     store.write(client.partition_id, client.round_num, client.memory)

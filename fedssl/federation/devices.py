@@ -3,21 +3,25 @@
 The simulation itself is not slowed down. What a round would have taken is computed from what it sent and did:
 
     seconds of a client = latency + slowdown * (downlink bytes / bandwidth + compute + uplink bytes / bandwidth)
-    seconds of a round = the slowest client's, or the deadline where one was late, and the server's as measured
+    seconds of a round = those that the server waits for its clients (`Devices.wait`), and its own as measured
 
 Every client has a link of its own; the server's is not the limit. A client computes what its upload states: its
 training and, where it has one, its distillation. It embeds the public set, encodes and probes in no time. One that is
 late keeps what it remembers, so a deadline costs `local_only` nothing.
+
+A server cannot know that a client has crashed. With a deadline it waits for that client until then; without one it is
+taken to give up when the others are done, since nothing says how long it would have waited.
 
 Draws do not depend on the strategy: runs of several strategies with one seed and the same clients meet the same
 stragglers and miss the same clients.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fedssl.errors import ConfigError, PayloadError
+from fedssl.federation.records import effort
 from fedssl.seeding import numpy_generator
 
 
@@ -33,16 +37,20 @@ class Devices:
     straggler_slowdown: float  # of their links and their compute
     availability: float  # probability that a client can be asked in a round
     deadline_s: float | None  # simulated seconds after which an upload is late; None: everybody is waited for
+    idle_s: float  # of a round in which nobody can be asked or, without a deadline, nobody answers
 
     def __post_init__(self) -> None:
         for name in ("uplink_mbps", "downlink_mbps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(
                     f"federation.devices.{name} is in megabits per second and must be > 0, got {getattr(self, name)}. "
-                    f"A link that takes no time has .inf."
+                    f"A link that takes no time has inf (in a YAML file: .inf)."
                 )
-        if not 0 <= self.latency_s < math.inf:
-            raise ConfigError(f"federation.devices.latency_s is in seconds and must be >= 0, got {self.latency_s}.")
+        for name in ("latency_s", "idle_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"federation.devices.{name} is in seconds and must be >= 0, got {getattr(self, name)}."
+                )
         speeds = self.images_per_second
         if speeds is not None:
             numbers = list(speeds.values()) if isinstance(speeds, Mapping) else [speeds]
@@ -116,11 +124,28 @@ class Devices:
             straggler: whether it is one.
 
         Raises:
-            PayloadError: it states seconds or image passes that are negative or not finite.
+            PayloadError: of what `images_per_second` counts, image passes or else seconds, it states none, or some that
+                are negative or not finite.
         """
         slowdown = self.straggler_slowdown if straggler else 1.0
         link = 8e-6 * downlink_bytes / self.downlink_mbps + 8e-6 * uplink_bytes / self.uplink_mbps
         return self.latency_s + slowdown * (link + self._compute_seconds(metrics, family))
+
+    def wait(self, asked: int, answered: Collection[float]) -> float:
+        """Simulated seconds until the server goes on in a round for which it needs clients.
+
+        Args:
+            asked: how many clients.
+            answered: seconds of those whose upload came, late ones included.
+
+        Returns:
+            The slowest client's seconds. The deadline, where there is one and somebody was late or never answered.
+            `idle_s` where nobody was asked, and without a deadline where nobody answered.
+        """
+        if self.deadline_s is None or asked == 0:
+            return max(answered, default=self.idle_s)
+        in_time = [seconds for seconds in answered if seconds <= self.deadline_s]
+        return max(in_time) if len(in_time) == asked else self.deadline_s
 
     def _compute_seconds(self, metrics: Mapping[str, object], family: str) -> float:
         speed = self.images_per_second
@@ -130,16 +155,14 @@ class Devices:
 
 
 def _stated(metrics: Mapping[str, object], name: str) -> float:
-    """The sum of what a client states as `name`, of all its phases but `report_*`.
-
-    That is the report family's model, which `local_only` trains for the comparison's sake.
-    """
-    total = 0.0
-    for key, value in metrics.items():
-        if key.startswith("report_"):
-            continue
-        if (key == name or key.endswith(f"_{name}")) and isinstance(value, int | float):
-            if not 0 <= value < math.inf:
-                raise PayloadError(f"it declares {key}={value}")
-            total += value
-    return total
+    """The sum of a client's `effort`."""
+    found = {key: value for key, value in effort(metrics, name).items() if isinstance(value, int | float)}
+    if not found:
+        raise PayloadError(
+            f"it states no {name}, of which its simulated time is made (federation.devices.images_per_second): its "
+            f"client half must pass on what client.train returned, or {name}=0 where it trains nothing"
+        )
+    for key, value in found.items():
+        if not 0 <= value < math.inf:
+            raise PayloadError(f"it declares {key}={value}")
+    return sum(found.values())

@@ -7,7 +7,7 @@ Weights travel as ``<family>/<parameter>``, so that one record can hold the mode
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -73,6 +73,18 @@ def to_metrics(metrics: Mapping[str, float]) -> MetricRecord:
     return MetricRecord(dict(metrics))
 
 
+def effort(metrics: Mapping[str, object], name: str) -> dict[str, object]:
+    """What a client states as `name` (seconds, image_passes) of all its phases but `report_*`.
+
+    That is the report family's model, which `local_only` trains for the comparison's sake.
+    """
+    return {
+        key: value
+        for key, value in metrics.items()
+        if (key == name or key.endswith(f"_{name}")) and not key.startswith("report_")
+    }
+
+
 # --- headers -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Header:
@@ -124,6 +136,12 @@ class Upload:
         if declared is None or not 0 < declared <= 2**53:
             raise PayloadError(f"it declares num-examples={declared}")
         return declared
+
+    def measured(self, seconds: float) -> "Upload":
+        """With the `seconds` that the whole task took, where the client half states none of its own."""
+        if effort(self.metrics, "seconds"):
+            return self
+        return replace(self, metrics={**self.metrics, "seconds": seconds})
 
     def to_content(self) -> RecordDict:
         """As the content of a Flower message."""

@@ -59,12 +59,6 @@ class Gathered:
         """All failures but replies beyond the simulated deadline: those are part of the plan."""
         return [f for f in self.failures if f.kind != "late" or f.partition not in self.simulated]
 
-    def simulated_wait(self, deadline_s: float | None) -> float:
-        """Simulated seconds until the last reply that was waited for; of clients that failed nobody knows theirs."""
-        if deadline_s is not None and self.count("late"):
-            return deadline_s
-        return max(self.simulated.values(), default=0.0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -286,7 +280,7 @@ class Rounds:
             arrays, learned = self.strategy.aggregate_train(round_num, gathered.replies)
             state = replace(state, arrays=state.arrays if arrays is None else arrays)
             seconds["seconds_aggregation"] = time.monotonic() - aggregating
-            waited = gathered.simulated_wait(deadline_s)
+            waited = self.setup.simulated_wait(round_num, len(messages), gathered.simulated)
             seconds["simulated_seconds"] = seconds_asking + waited + seconds["seconds_aggregation"]
 
             self.progress.phase("evaluating")
@@ -436,7 +430,7 @@ class Rounds:
             uplink_bytes=before.uplink_bytes + gathered.uplink_bytes,
             downlink_bytes=before.downlink_bytes + gathered.downlink_bytes,
             wall_seconds=before.wall_seconds + server_row["seconds"],
-            simulated_seconds=before.simulated_seconds + server_row["simulated_seconds"],
+            simulated_seconds=_sum(before.simulated_seconds, server_row["simulated_seconds"]),
             metrics_offset=self.tracker.offset,
             server_row=server_row,
             failed_rounds=before.failed_rounds + ([round_num] if gathered.unforeseen else []),
@@ -471,6 +465,10 @@ class Rounds:
             line["server loss"] = loss
         line |= {name: reported[name] for name in ("knn_top1", "linear_top1", "labels1_top1") if name in reported}
         return line | {"up MB": gathered.uplink_bytes / 1e6}
+
+
+def _sum(before: float | None, more: float) -> float | None:
+    return None if before is None else before + more
 
 
 def _loss(reply: Message) -> float | None:

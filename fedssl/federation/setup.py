@@ -279,6 +279,23 @@ class Setup:
             straggler=member.partition_id in self.stragglers,
         )
 
+    def simulated_wait(self, round_num: int, asked: int, answered: Mapping[int, float]) -> float:
+        """How long the server would have waited for its clients in this round, see `Devices.wait`.
+
+        Args:
+            round_num: the round.
+            asked: how many clients.
+            answered: seconds by partition of those whose upload came.
+
+        Returns:
+            0 where the strategy needs no clients, or asks none of those that are there.
+        """
+        devices = self.federation.devices
+        there = (devices.available(self.seed, round_num, p) for p in self.data.training_partitions)
+        if self.client_half is None or (asked == 0 and any(there)):
+            return 0.0
+        return devices.wait(asked, answered.values())
+
     # --- models ---
     def family(self, partition_id: int) -> str:
         """The architecture that this client runs."""

@@ -15,14 +15,15 @@ import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedssl.config import check_values, instantiate
+from fedssl.config import check_values, fill_in, instantiate
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Plane, extract_features, principal_plane
 from fedssl.federation.checkpoint import Checkpoints
-from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.client import Broadcast, Client, check_names
 from fedssl.federation.client_app import make_client_app
 from fedssl.federation.flower_compat import make_context
 from fedssl.federation.grids.base import node_config
@@ -79,11 +80,13 @@ def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
     Returns, Raises: as `run`. A data set that is not the one the run began with is a `ConfigError`.
     """
+    config = fill_in(config)
     _make_writable(run_dir, "resume")
     if moved := config["client"].get("store"):
         _make_writable(Path(moved), "client.store")
     setup = Setup(config, run_dir)
     setup.check()
+    _check_memory(setup, run_dir)
     strategy = build_strategy(setup)
     manifest_path = run_dir / "manifest.json"
     if manifest_path.exists():
@@ -110,7 +113,7 @@ def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partitio
         ConfigError: the round's base is not kept, or the client was not asked in it.
         Exception: whatever the client raises, with its traceback.
     """
-    setup = Setup(config, run_dir)
+    setup = Setup(fill_in(config), run_dir)
     setup.check()
     replayed = ReplayedRound(setup, run_dir, round_num)
     if partition_id not in replayed.asked:
@@ -212,6 +215,16 @@ def _claim_store(folder: Path) -> None:
             f"client.store={folder} is not empty, so it may hold what the clients of another run remember. Choose "
             f"another folder for each run (in a sweep, leave client.store out), or go on with the other run by resume="
         )
+
+
+def _check_memory(setup: Setup, run_dir: Path) -> None:
+    """Refuse clients' memories that this version cannot read."""
+    store = ClientStore(store_root(setup.config, run_dir), writable=False)
+    after = max(_checkpoints(setup, run_dir).rounds(), default=0)
+    for partition_id in setup.data.training_partitions:
+        with contextlib.suppress(SafetensorError):  # damaged: that client will fail by it, and say so
+            names = store.names(partition_id, before=after + 1)
+            check_names(names, setup.families, f"the memory of client {partition_id} in {store.root}")
 
 
 def _make_writable(folder: Path, key: str) -> None:
@@ -395,7 +408,7 @@ def load_encoder(run_dir: Path, family: str | None) -> nn.Module:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
-    setup = Setup(yaml.safe_load(path.read_text()), run_dir)
+    setup = Setup(fill_in(yaml.safe_load(path.read_text())), run_dir)
     family = family or setup.federation.report_family or setup.report_family  # config.yaml names it, without the data
     weights = run_dir / "models" / f"{family}.safetensors"
     if not weights.is_file():

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,14 @@ class ClientStore:
         """The newest memory written in a round < `before`; empty for a client that has none."""
         versions = [version for version in self.versions(partition_id) if version < before]
         return load_file(self._path(partition_id, versions[-1])) if versions else {}
+
+    def names(self, partition_id: int, *, before: int) -> list[str]:
+        """The entries of what `read` would read."""
+        versions = [version for version in self.versions(partition_id) if version < before]
+        if not versions:
+            return []
+        with safe_open(self._path(partition_id, versions[-1]), framework="pt") as file:
+            return list(file.keys())
 
     def write(self, partition_id: int, round_num: int, memory: Mapping[str, Tensor]) -> None:
         """Keep `memory` as the state after `round_num`; either the whole file is there or none."""

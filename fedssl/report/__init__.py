@@ -12,7 +12,7 @@ from fedssl.errors import ConfigError, DataError, FedSSLError
 from fedssl.report.comparison import Comparison
 from fedssl.report.pages import plural
 from fedssl.report.run_page import run_page
-from fedssl.report.runs import Run, find_runs, read_run
+from fedssl.report.runs import Run, find_jobs, find_runs, read_run
 from fedssl.report.sections import sort_runs
 from fedssl.tracking import write_text
 
@@ -53,7 +53,10 @@ def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), agains
         ConfigError: a path is missing, holds no run, or `out` cannot be a folder; or no run has such a key or group.
     """
     found, broken = find_runs(runs)
-    comparison = Comparison(runs=found, broken=broken, sections=sort_runs(found, keys), against=against)
+    jobs, unread = find_jobs(runs, [*(run.path for run in found), *broken])
+    comparison = Comparison(
+        runs=found, broken=broken | unread, jobs=jobs, sections=sort_runs(found, keys), against=against
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     for reason in comparison.broken.values():
         print(f"skipped: {reason}", file=sys.stderr)
+    for job in comparison.jobs:
+        print(f"no run: {job}", file=sys.stderr)
     print(comparison.summary())
     print(f"\n{plural(len(comparison.runs), 'run')}: {arguments.out / 'report.html'}, results.md, results.csv")
     return 0

@@ -2,24 +2,32 @@
 
 from collections.abc import Iterator, Sequence
 
-from fedssl.report.pages import plural
-from fedssl.report.runs import Run, covers, varying
+from fedssl.report.pages import TIE, plural
+from fedssl.report.runs import METRICS, Run, covers, varying
 from fedssl.report.sections import Section
 
 MAX_KEYS = 12  # that are described; beyond it they are named
 MAX_NAMES = 4  # values of a key, groups of a value
 MAX_RUNS = 10
+CONTROLS = ("public_only", "placebo", "best_client", "local_only", "fedavg", "centralized")  # names in conf/strategy
 
 
 def caveats(section: Section) -> list[str]:
-    """What differs beside compared settings and the seed, what did not finish, which seeds are missing or double."""
-    return [*_differences(section), *_unfinished(section), *_seeds(section)]
+    """What differs beside compared settings and the seed, what did not finish, which seeds are missing or double.
+
+    And which controls are missing, or are not the same for all runs of a seed.
+    """
+    return [
+        *_differences(section), *_unfinished(section), *_seeds(section), *_controls(section), *_missing(section),
+    ]  # fmt: skip
 
 
 def _differences(section: Section) -> Iterator[str]:
     settings = {id(run): run.conditions for run in section.runs}
     origins = {id(run): run.provenance for run in section.runs if run.provenance}  # one that was killed may have none
-    found = [(key, key, settings) for key in varying(list(settings.values())) if not covers(section.compared, key)] + [
+    keys = varying(list(settings.values()))
+    named = [key for key in keys if not covers(section.compared, key) or _overrides(section, key)]
+    found = [(key, key, settings) for key in named] + [
         (f"{key} (manifest)", key, origins) for key in varying(list(origins.values()))
     ]
     for name, key, of_run in found[:MAX_KEYS]:
@@ -33,6 +41,24 @@ def _differences(section: Section) -> Iterator[str]:
         yield f"Not only {', '.join(section.compared) or 'the seed'}: {name} is {'; '.join(parts)}."
     if rest := [name for name, _, _ in found[MAX_KEYS:]]:
         yield f"And {plural(len(rest), 'more setting')}: {', '.join(rest)}."
+
+
+def _overrides(section: Section, key: str) -> bool:
+    """Whether `key` repeats a setting from above in some strategies, and in others has a value of its own.
+
+    `strategy.client.local_epochs=5` for one of them is no part of what strategies are; the setting from above is the
+    same for all, so nothing else would tell.
+    """
+    if not covers(["strategy"], key) or covers([name for name in section.compared if name != "strategy"], key):
+        return False
+    having = [run.conditions for run in section.runs if key in run.conditions]
+    name = key.rpartition(".")[2]
+    above = {other for run in having for other in run if other.rpartition(".")[2] == name}
+    return name != "_target_" and any(
+        0 < sum(run[key] == run.get(other) for run in having) < len(having)
+        for other in above
+        if not covers(["strategy"], other)
+    )
 
 
 def _who(section: Section, runs: Sequence[Run]) -> str:
@@ -69,6 +95,49 @@ def _seeds(section: Section) -> Iterator[str]:
             )
     if all(len({run.seed for run in group.completed}) < 2 for group in section.groups):
         yield "One seed each: differences of the size of the spread over seeds mean nothing."
+
+
+def _controls(section: Section) -> Iterator[str]:
+    """A seed's runs should share its untrained network and its images; the table has those of the first."""
+    for control, metrics in section.controls.items():
+        for name, by_seed in metrics.items():
+            differing = [seed for seed, value in by_seed.items() if _others(section, control, name, seed, value)]
+            if differing:
+                seed = differing[0]
+                runs = [
+                    f"{v:.3f} in {_who(section, [r])}" for v, r in _others(section, control, name, seed, by_seed[seed])
+                ]
+                more = f" (likewise seed {', '.join(map(str, differing[1:]))})" if differing[1:] else ""
+                yield (
+                    f"{control} is not one control: of seed {seed} its {METRICS[name]} is {by_seed[seed]:.3f} in the "
+                    f"table and {_listed(runs)}{more}. These runs' settings or machines differ in what it is made of."
+                )
+                break
+
+
+def _others(section: Section, control: str, name: str, seed: int, value: float) -> list[tuple[float, Run]]:
+    """What runs of this seed have instead of `value`, as far as a reader would see it, and one run for each."""
+    found: dict[str, tuple[float, Run]] = {}
+    for run in section.runs:
+        own = run.controls().get(control, {}).get(name)
+        if run.seed == seed and run.declared_family and own is not None and abs(own - value) >= TIE:
+            found.setdefault(f"{own:.3f}", (own, run))
+    return list(found.values())
+
+
+def _missing(section: Section) -> Iterator[str]:
+    """The rows without which a table proves little."""
+    done = {group.runs[0].strategy for group in section.groups if group.completed}
+    missing = [] if "random init" in section.controls else ["random init"]
+    missing += [name for name in CONTROLS if name not in done]
+    local = [group for group in section.groups if group.runs[0].strategy == "local_only" and group.completed]
+    if any(not group.values(f"{name}_min") for group in local for name in METRICS if group.values(name)):
+        missing.append("lowest and highest client of local_only")
+    if missing:
+        yield (
+            f"Controls that are missing here: {', '.join(missing)}. Without them nobody knows what the rest is "
+            f"worth; strategy=<name> runs one."
+        )
 
 
 def _seeds_of(runs: Sequence[Run]) -> str:

@@ -27,13 +27,13 @@ from fedssl.report.pages import (
     plural,
     render,
 )
-from fedssl.report.runs import HEADLINE, METRICS, PublicMap, Run, flatten
+from fedssl.report.runs import HEADLINE, METRICS, Job, PublicMap, Run, flatten
 from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section
 from fedssl.report.spread import clients_pictures, spread_table
 from fedssl.tracking import duration
 
 MAX_PARTITIONS = 6  # pictures a section
-MAX_MAPS = 9  # likewise
+MAX_MAPS = 9  # likewise, with the one before training
 MAX_POINTS = 500  # of a map; a point is a hundred bytes of the page
 COSTS = {  # column of a round -> unit, the end of the caption, and what the axis is called
     "uplink_bytes": ("bytes", "bytes uploaded", "uploaded by all clients"),
@@ -49,6 +49,14 @@ PAIRED_NOTE = (
     "without any effect one leaves out 0. A dash: fewer than two common seeds."
 )
 CHOSEN_NOTE = " The reference is the best on these very seeds, which flatters it; --against names another."
+BEST_OF_NOTE = (
+    " The reference is the best of the {count} groups of {strategy} on these very seeds, which flatters it; --against "
+    "'{label}' names one."
+)
+CONSTANT_NOTE = (
+    " An interval without width does not count (and is not coloured): all seeds differ by the same, as copies of one "
+    "run would, so nothing is known of the spread."
+)
 SPREAD_NOTE = (
     "Mean ± standard deviation over the seeds; where clients keep their own models, of the mean client, and the small "
     "range is from the lowest to the highest client of any seed."
@@ -62,6 +70,7 @@ class Comparison:
     Args:
         runs: all of them.
         broken: directories that could not be read, with the reason.
+        jobs: jobs of sweeps that left no run.
         sections: the runs again, sorted into settings and groups.
         against: what paired differences are taken from, see `Section.reference`.
 
@@ -71,6 +80,7 @@ class Comparison:
 
     runs: Sequence[Run]
     broken: Mapping[Path, str]
+    jobs: Sequence[Job] = ()
     sections: Sequence[Section] = field(default_factory=list)
     against: str | None = None
 
@@ -119,6 +129,8 @@ class Comparison:
             if table := spread_table(section):
                 parts += [f"## Families and clients: {section.title}", markdown(table), SPREAD_NOTE]
         parts += ["## All runs", markdown(_all_runs(self.runs, None))]
+        if self.jobs:
+            parts += ["## Jobs that left no run", "\n".join(f"- {job}" for job in self.jobs)]
         if self.broken:
             parts += ["## Skipped", "\n".join(f"- {reason}" for reason in self.broken.values())]
         return "\n\n".join(parts) + "\n"
@@ -135,6 +147,8 @@ class Comparison:
         sections = []
         for section in self.sections:
             colours = palette([group.label for group in section.groups])
+            partitions, partitions_left_out = _partitions(section)
+            maps, maps_left_out = _maps(section)
             sections.append(
                 {
                     "title": section.title,
@@ -146,8 +160,10 @@ class Comparison:
                     "spread": spread_table(section),
                     "spread_note": SPREAD_NOTE,
                     "clients": clients_pictures(section, colours),
-                    "partitions": _partitions(section),
-                    "maps": _maps(section),
+                    "partitions": partitions,
+                    "partitions_left_out": partitions_left_out,
+                    "maps": maps,
+                    "maps_left_out": maps_left_out,
                 }
             )
         return render(
@@ -156,6 +172,7 @@ class Comparison:
                 "title": f"Comparison of {plural(len(self.runs), 'run')}",
                 "facts": facts,
                 "broken": self.broken,
+                "jobs": self.jobs,
                 "sections": sections,
                 "all_runs": _all_runs(self.runs, out),
             },
@@ -208,6 +225,8 @@ def _section_notes(section: Section, against: str | None) -> list[str]:
         notes.append(f"Compared: {', '.join(section.compared) or several}.")
     if against is not None and section.reference(against) is None:
         notes.append(f"No run of {against} is here to take differences from.")
+    elif len(section.groups) > 1 and _paired(section, against) is None:
+        notes.append("No differences with an interval: that takes two seeds that both have, and one seed gives none.")
     if section.recovered():
         notes.append(
             f"Gap recovered: ({METRICS[GAP_METRIC]} − {LOCAL}) / ({CENTRAL} − {LOCAL}) of the same seed and setting; "
@@ -247,7 +266,14 @@ def _paired(section: Section, against: str | None) -> tuple[str, Table, str] | N
         ]
         kind = "control" if label in section.controls else ""
         table.rows.append(Row([label, "–".join(map(str, counts)) or "–", *cells], kind))
-    return f"Differences from {reference.label}, same seeds", table, PAIRED_NOTE + ("" if against else CHOSEN_NOTE)
+    note = PAIRED_NOTE
+    if any(difference.constant for differences in rows.values() for difference in differences.values()):
+        note += CONSTANT_NOTE
+    if against is None:
+        note += CHOSEN_NOTE
+    elif (count := len(section.candidates(against))) > 1:
+        note += BEST_OF_NOTE.format(count=count, strategy=against, label=reference.label)
+    return f"Differences from {reference.label}, same seeds", table, note
 
 
 def _section_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
@@ -291,8 +317,8 @@ def _mean(by_seed: BySeed) -> float:
     return float(np.mean(list(by_seed.values())))
 
 
-def _partitions(section: Section) -> list[Picture]:
-    """Each distinct partition once, with the seeds that drew it."""
+def _partitions(section: Section) -> tuple[list[Picture], str]:
+    """Each distinct partition once, with the seeds that drew it; and what is said of those that are not shown."""
     seeds: dict[bytes, list[str]] = {}
     drawn: dict[bytes, Run] = {}
     for run in (run for group in section.groups for run in group.runs):
@@ -306,21 +332,30 @@ def _partitions(section: Section) -> list[Picture]:
         names = sorted(set(seeds[key]))
         caption = f"seed{'s' if len(names) > 1 else ''} {', '.join(names)}, {plural(len(seeds[key]), 'run')}"
         pictures.append(Picture(caption, partition_figure(run.partition.counts, run.partition.classes)))
-    return pictures
+    return pictures, _left_out(len(drawn) - MAX_PARTITIONS, "partition")
 
 
-def _maps(section: Section) -> list[Picture]:
-    """The networks of one run of each group, the lowest seed that has a map, and one before training."""
+def _maps(section: Section) -> tuple[list[Picture], str]:
+    """The networks of one run of each group, the lowest seed that has a map, and one before training; and likewise."""
+    mapped = [
+        min(runs, key=lambda run: run.seed or 0)
+        for group in section.groups
+        if (runs := [run for run in group.runs if run.public_map])
+    ]
+    labels = {id(run): group.label for group in section.groups for run in group.runs}
     pictures: list[Picture] = []
-    for group in section.groups:
-        mapped = sorted((run for run in group.runs if run.public_map), key=lambda run: run.seed or 0)
-        for run in mapped[:1]:
-            plane = run.public_map
-            assert plane is not None
-            if not pictures:
-                pictures.append(_map(f"random init, seed {run.seed}", plane.initial, plane.initial_shares, plane))
-            pictures.append(_map(f"{group.label}, seed {run.seed}", plane.trained, plane.trained_shares, plane))
-    return pictures[:MAX_MAPS]
+    for run in mapped[: MAX_MAPS - 1]:
+        plane = run.public_map
+        assert plane is not None
+        if not pictures:
+            pictures.append(_map(f"random init, seed {run.seed}", plane.initial, plane.initial_shares, plane))
+        pictures.append(_map(f"{labels[id(run)]}, seed {run.seed}", plane.trained, plane.trained_shares, plane))
+    return pictures, _left_out(len(mapped) - (MAX_MAPS - 1), "map")
+
+
+def _left_out(count: int, what: str) -> str:
+    """Where to find the pictures beyond the most that a section has; "" where all are shown."""
+    return f"{plural(count, f'more {what}')} not shown here: each run's own report.html has its." if count > 0 else ""
 
 
 def _map(caption: str, coordinates: np.ndarray, shares: np.ndarray, plane: PublicMap) -> Picture:

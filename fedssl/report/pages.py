@@ -32,7 +32,7 @@ class Cell:
         delta: signed difference from what the table compares with.
         rival: the number is a rival's, so that a positive `delta` is bad news.
         span: lowest and highest over the clients of a strategy without a global model.
-        interval: of confidence around `delta`, which then counts where the interval leaves out 0.
+        interval: of confidence around `delta`, which then counts where the interval leaves out 0 and has a width.
         link: address the text leads to.
     """
 
@@ -59,7 +59,8 @@ class Cell:
     def trend(self) -> str:
         """CSS class of `delta`."""
         if self.interval is not None:
-            return "up" if self.interval[0] > 0 else "down" if self.interval[1] < 0 else ""
+            low, high = self.interval
+            return "" if low == high else "up" if low > 0 else "down" if high < 0 else ""
         gain = (self.delta or 0.0) * (-1 if self.rival else 1)
         return "up" if gain >= TIE else "down" if gain <= -TIE else ""
 
@@ -108,7 +109,7 @@ def fraction(value: float | None, std: float | None = None) -> str:
     """An accuracy: "0.912", "0.912 ± 0.004"; a dash where it was not measured."""
     if value is None:
         return "–"
-    return f"{value:.3f}" + ("" if std is None else f" ± {std:.3f}")
+    return f"{value:.3f}".replace("-", "−") + ("" if std is None else f" ± {std:.3f}")
 
 
 def mean_and_std(values: Sequence[float]) -> str:

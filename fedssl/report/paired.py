@@ -8,6 +8,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 LEVEL = 0.95
+ROUNDING = 1e-9  # accuracies are multiples of one in the number of test images: below it nothing differs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,11 @@ class Difference:
     low: float
     high: float
 
+    @property
+    def constant(self) -> bool:
+        """Whether all seeds differ alike, so that the interval has no width and says nothing."""
+        return self.low == self.high
+
 
 def paired_difference(ours: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
     """The mean of `ours` - `reference` over common seeds with a 95 % confidence interval; None below two of them.
@@ -43,5 +49,6 @@ def paired_difference(ours: Mapping[int, float], reference: Mapping[int, float])
     if n < 2:
         return None
     mean = float(differences.mean())
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * float(differences.std(ddof=1)) / math.sqrt(n)
+    spread = float(differences.std(ddof=1)) if np.ptp(differences) > ROUNDING else 0.0
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * spread / math.sqrt(n)
     return Difference(n=n, mean=mean, low=mean - half, high=mean + half)

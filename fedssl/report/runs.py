@@ -4,7 +4,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from fedssl.config import fill_in
 from fedssl.errors import ConfigError, DataError
 
 METRICS = {  # in the order of importance; the names are the reports' column heads
@@ -33,7 +34,9 @@ INERT = (
     "data.root", "data.download", "evaluate.root",
 )  # fmt: skip
 # Settings that say where or when a run happened, not what was run: they never tell two runs apart.
-INCIDENTAL = (*INERT, "grid", "device", "federation.min_replies", "federation.round_timeout")
+INCIDENTAL = (
+    *INERT, "grid", "device", "federation.min_replies", "federation.round_timeout", "federation.devices.idle_s",
+)  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
@@ -183,11 +186,12 @@ class Run:
         return {name: metrics for name, metrics in found.items() if metrics}
 
     def total(self, name: str) -> float | None:
-        """`uplink_bytes` or another sum over rounds; of an unfinished run, so far."""
+        """`uplink_bytes` or another sum over rounds; of an unfinished run, so far. None where a round lacks it."""
         if isinstance(self.summary.get(name), int | float):
             return float(self.summary[name])
-        values = self.server[name].dropna() if name in self.server else ()
-        return float(sum(values)) if len(values) else None
+        if name not in self.server or self.server[name].isna().any():
+            return None
+        return float(self.server[name].sum())
 
     def client_values(self, family: str, name: str) -> dict[int, float]:
         """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
@@ -217,12 +221,12 @@ class Run:
     @cached_property
     def choices(self) -> dict[str, str]:
         """The flattened configuration without what is incidental: what makes two runs the same but for the seed."""
-        return _settings(self.config, drop=INCIDENTAL + INCIDENTAL_OF_DATA)
+        return _settings(fill_in(self.config), drop=INCIDENTAL + INCIDENTAL_OF_DATA)
 
     @cached_property
     def conditions(self) -> dict[str, str]:
         """The flattened configuration without what has no consequence: what two runs of a comparison should share."""
-        return _settings(self.config, drop=INERT)
+        return _settings(fill_in(self.config), drop=INERT)
 
     @cached_property
     def provenance(self) -> dict[str, str]:
@@ -239,6 +243,22 @@ class Run:
             if name != "public set"  # drawn anew with each seed
         }
         return {"data": self.data} | _settings(part, drop=INCIDENTAL_OF_DATA) | digests
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job of a sweep that did not complete and left no run, as `sweep.json` tells."""
+
+    sweep: Path
+    number: int
+    overrides: tuple[str, ...]  # those that not all jobs of the sweep have
+    exit_code: int
+    message: str  # what it printed; "" in a sweep.json that does not say
+
+    def __str__(self) -> str:
+        own = f" ({' '.join(self.overrides)})" if self.overrides else ""
+        said = f": {' '.join(self.message.split())}" if self.message else ""
+        return f"job {self.number} of {self.sweep}{own}: exit code {self.exit_code}{said}"
 
 
 def read_run(path: Path) -> Run:
@@ -279,17 +299,15 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
         raise ConfigError(f"No such directory: {', '.join(missing)}. Give run directories, or folders that hold some.")
     runs: list[Run] = []
     broken: dict[Path, str] = {}
-    seen: set[Path] = set()
-    for directory in (found for path in paths for found in _run_directories(path)):
-        if directory.resolve() in seen:
-            continue
-        seen.add(directory.resolve())
+    for directory in (folder for folder, files in _walk(paths) if _holds_run(files)):
         try:
             runs.append(read_run(directory))
         except DataError as error:
             broken[directory] = str(error)
     if not runs:
-        hint = "".join(f"\nskipped: {reason}" for reason in broken.values())
+        jobs, unread = find_jobs(paths, broken)
+        reasons = [f"skipped: {reason}" for reason in (broken | unread).values()] + [str(job) for job in jobs]
+        hint = "".join(f"\n{reason}" for reason in reasons)
         raise ConfigError(
             f"No run in {', '.join(map(str, paths))}: a run directory holds config.yaml and metrics.jsonl. "
             f"`fedssl` writes them to runs/, a sweep below its hydra.sweep.dir.{hint}"
@@ -297,12 +315,58 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     return runs, broken
 
 
-def _run_directories(root: Path) -> Iterator[Path]:
-    for name, folders, files in os.walk(root):
-        if "metrics.jsonl" in files or ("summary.json" in files and "config.yaml" in files):
-            folders.clear()  # a client store may hold a million files
-            yield Path(name)
-        folders.sort(key=lambda folder: (len(folder), folder))  # job 2 of a sweep comes before job 10
+def find_jobs(paths: Sequence[Path], known: Iterable[Path]) -> tuple[list[Job], dict[Path, str]]:
+    """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` directories.
+
+    Returns:
+        The jobs, and each `sweep.json` that cannot be read with the reason.
+    """
+    runs = {path.resolve() for path in known}
+    jobs: list[Job] = []
+    broken: dict[Path, str] = {}
+    for path in (folder / "sweep.json" for folder, files in _walk(paths) if "sweep.json" in files):
+        try:
+            found = _jobs(path.parent, _mapping(path).get("jobs") or [])
+        except DataError as error:
+            broken[path] = str(error)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            broken[path] = f"{path} holds something else than a sweep's jobs ({type(error).__name__}: {error})."
+        else:
+            jobs += [job for job in found if (job.sweep / str(job.number)).resolve() not in runs]
+    return jobs, broken
+
+
+def _jobs(sweep: Path, listed: Sequence[Mapping[str, Any]]) -> list[Job]:
+    """Those that did not complete."""
+    return [
+        Job(
+            sweep=sweep,
+            number=int(job["job"]),
+            overrides=tuple(o for o in job["overrides"] if any(o not in other["overrides"] for other in listed)),
+            exit_code=int(job["exit_code"]),
+            message=str(job.get("message") or ""),
+        )
+        for job in listed
+        if job["exit_code"] != 0
+    ]
+
+
+def _walk(paths: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder at or below `paths` once, with the names of its files; none below a run."""
+    seen: set[Path] = set()
+    for root in paths:
+        for name, folders, files in os.walk(root):
+            if _holds_run(files):
+                folders.clear()  # a client store may hold a million files
+            folders.sort(key=lambda folder: (len(folder), folder))  # job 2 of a sweep comes before job 10
+            folder = Path(name)
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder, files
+
+
+def _holds_run(files: Sequence[str]) -> bool:
+    return "metrics.jsonl" in files or ("summary.json" in files and "config.yaml" in files)
 
 
 def tell_apart(settings: Sequence[Mapping[str, str]]) -> list[str]:

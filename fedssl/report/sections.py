@@ -84,8 +84,12 @@ class Section:
         """
         if against is None:
             return next((group for group in self.groups if any(len(group.by_seed(m)) > 1 for m in METRICS)), None)
+        return next(iter(self.candidates(against)), None)
+
+    def candidates(self, against: str) -> list[Group]:
+        """The groups that `against` may mean, the best first: the one of that label, or all of that strategy."""
         exact = [group for group in self.groups if group.label == against]
-        return next(iter(exact + [group for group in self.groups if group.runs[0].strategy == against]), None)
+        return exact or [group for group in self.groups if group.runs[0].strategy == against]
 
     def differences(self, reference: Group) -> dict[str, dict[str, Difference]]:
         """Label of a group or a control -> metric -> its paired difference from `reference`, where there is one."""
@@ -146,8 +150,10 @@ def sort_runs(runs: Sequence[Run], compare: Sequence[str] = ()) -> list[Section]
 def _compared(runs: Sequence[Run]) -> tuple[str, ...]:
     keys = varying([run.choices for run in runs])
     others = [key for key in keys if not covers(["strategy"], key)]
-    if len({run.strategy for run in runs}) > 1 or (keys and not others):
+    if len({run.strategy for run in runs}) > 1:
         return ("strategy",)
+    if keys and not others:
+        return tuple(keys) if len(keys) == 1 else ("strategy",)
     groups = {key.split(".")[0] for key in others}
     if len(groups) == 1 and f"{min(groups)}._target_" in others:
         return tuple(groups)  # another codec has other keys as well
