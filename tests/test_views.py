@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 import fedssl.data.views as views_package
 from fedssl.data.views import ColourDraw, ColourViews, GeometricDraw, GeometricViews, ShiftDraw, ShiftViews, Views
 from fedssl.data.views.blur import gaussian_blur
+from fedssl.data.views.fused import GRAIN, _compiled
 from fedssl.data.views.jitter import CONTRAST, HUE, linear_jitter, shift_hue
 from fedssl.errors import ConfigError
 
@@ -105,18 +106,70 @@ def torchvision_view(image: Tensor, draw: ColourDraw, i: int, views: ColourViews
 # -- colour views: the pixels ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kernel", ["fused", "torch"])
 @pytest.mark.parametrize(
     ("height", "width", "size", "hue"),
     [(32, 32, 32, 0.2), (32, 32, 32, 0.5), (20, 31, 33, 0.2), (64, 50, 24, 0.2)],
     ids=["same", "any_hue", "enlarged", "reduced"],
 )
-def test_exact_equals_torchvision_given_the_same_draw(height: int, width: int, size: int, hue: float) -> None:
+def test_exact_equals_torchvision_given_the_same_draw(
+    height: int, width: int, size: int, hue: float, kernel: str
+) -> None:
     """Random boxes, flips, orders, factors and blurs; the bar is 1/255 of the pixel range, we are far below it."""
-    views = colour(image_size=size, hue=hue, blur_probability=0.5, blur_kernel=5, mean=[0.4, 0.5, 0.6], std=[1, 1, 1])
+    views = colour(
+        image_size=size,
+        hue=hue,
+        blur_probability=0.5,
+        blur_kernel=5,
+        mean=[0.4, 0.5, 0.6],
+        std=[1, 1, 1],
+        kernel=kernel,
+    )
     images = varied_images(200, height, width)
     draw = views.draw(len(images), (height, width), seeded(1))
     expected = torch.stack([torchvision_view(image, draw, i, views) for i, image in enumerate(images)])
     assert (views.apply(images, draw) - expected).abs().max() < 0.05 / 255
+
+
+@pytest.mark.parametrize("kind", ["exact", "linear"])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(32, 32, 32), (20, 31, 33), (64, 50, 24), (150, 200, 96), (8, 8, 8), (1, 1, 5), (5, 1, 3), (7, 3, 1)],
+)
+def test_fused_and_torch_kernels_agree_on_the_same_seed(kind: str, height: int, width: int, size: int) -> None:
+    """Within 1e-5 of white, and they leave the generator in the same state."""
+    fused = colour(
+        image_size=size, hue=0.5, colour=kind, blur_probability=0.5, blur_kernel=1 if size == 1 else 5,
+        mean=[0, 0.1, 0.2], std=[1, 1, 1], kernel="fused"
+    )  # fmt: skip
+    images = varied_images(60, height, width)
+    rngs = seeded(1), seeded(1)
+    out, expected = fused(images, rngs[0]), replace(fused, kernel="torch")(images, rngs[1])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert torch.equal(rngs[0].get_state(), rngs[1].get_state())
+
+
+@pytest.mark.parametrize("kind", ["exact", "linear"])
+def test_fused_kernel_gives_the_same_bits_on_any_number_of_threads(kind: str) -> None:
+    views, images = colour(image_size=32, colour=kind, blur_probability=0.5), noise_images(101, 32)
+    assert images.numel() > 3 * GRAIN
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            outs.append(views(images, seeded()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_a_kernel_that_cannot_be_cached_is_compiled_all_the_same() -> None:
+    namespace: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x", namespace)  # without a file there is no folder for the cache
+    compiled = _compiled(namespace["twice"])
+    assert compiled(3) == 6
+    assert compiled.signatures  # type: ignore[attr-defined]
 
 
 def test_linear_error_on_photographs_is_what_its_docstring_states() -> None:
@@ -164,10 +217,11 @@ def test_a_third_of_a_turn_permutes_the_channels(exact: bool) -> None:
     torch.testing.assert_close(shifted, pixels.roll(1, dims=1), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", ["fused", "torch"])
 @pytest.mark.parametrize("kind", ["exact", "linear"])
 @pytest.mark.parametrize("size", [16, 32])
-def test_neutral_draw_is_the_plain_transform_bit_for_bit(kind: str, size: int) -> None:
-    views = colour(image_size=size, colour=kind, blur_probability=0.5)
+def test_neutral_draw_is_the_plain_transform_bit_for_bit(kind: str, size: int, kernel: str) -> None:
+    views = colour(image_size=size, colour=kind, blur_probability=0.5, kernel=kernel)
     images = varied_images(9, size, size)
     assert torch.equal(views.apply(images, neutral_draw(9, size, size)), views.plain(images))
 
@@ -279,6 +333,8 @@ def test_draws_of_one_batch_are_not_correlated() -> None:
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("colour", {}),
     ("colour", {"colour": "linear"}),
+    ("colour", {"kernel": "torch"}),
+    ("colour", {"colour": "linear", "kernel": "torch"}),
     ("colour", {"blur_probability": 0.5}),
     ("geometric", {}),
 ]
@@ -312,10 +368,11 @@ def test_sizes(choice: str, overrides: dict[str, Any], b: int, source: int, size
     assert views.plain(noise_images(b, source)).shape == (b, 3, source, source)
 
 
+@pytest.mark.parametrize("kernel", ["fused", "torch"])
 @pytest.mark.parametrize("kind", ["exact", "linear"])
-def test_a_view_depends_on_its_own_image_and_draw_alone(kind: str) -> None:
+def test_a_view_depends_on_its_own_image_and_draw_alone(kind: str, kernel: str) -> None:
     """Also across the chunks in which the CPU works."""
-    views = colour(image_size=32, colour=kind)
+    views = colour(image_size=32, colour=kind, kernel=kernel)
     images = noise_images(200, 32)
     draw = views.draw(200, (32, 32), seeded())
     rows = slice(190, 200)
@@ -354,6 +411,7 @@ def test_plain_is_the_normalisation_and_describe_names_it() -> None:
         ("colour", {"blur_kernel": 33}, "views.blur_kernel"),
         ("colour", {"blur_sigma": [0.0, 2.0]}, "views.blur_sigma"),
         ("colour", {"colour": "fast"}, "views.colour must be exact .* or linear .*, got 'fast'"),
+        ("colour", {"kernel": "fast"}, "views.kernel must be fused .* or torch .*, got 'fast'"),
         ("colour", {"std": [0.5, 0.0, 0.5]}, "views.std must be three numbers above 0"),
         ("colour", {"mean": [0.5]}, "views.mean must be three numbers, one a channel"),
         ("colour", {"image_size": 0}, "views.image_size"),

@@ -62,9 +62,13 @@ class Normalisation:
 
     def normalise_(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Normalise float pixels (0 to 255) in place and return them."""
-        scale = tuple(1 / (255 * std) for std in self.std)
-        shift = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        scale, shift = self.scale_and_shift()
         return pixels.mul_(channel_constant(scale, pixels.device)).add_(channel_constant(shift, pixels.device))
+
+    def scale_and_shift(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The same as pixels (0 to 255) * scale + shift, a number for each channel."""
+        scale = tuple(1 / (255 * std) for std in self.std)
+        return scale, tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
 
     def describe(self) -> str:
         """Canonical text of `plain`; equal texts mean equal transforms."""
