@@ -7,14 +7,11 @@ similarity matrices.
 import io
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bench.measure import Result, judge, median_interval
+from bench.measure import Result, in_own_process, judge, median_interval
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -215,35 +212,14 @@ def plain(num_rounds: int) -> list[float]:
 
 
 # --- together -------------------------------------------------------------------------------------------------------
-ENGINES: dict[str, Callable[[int], list[float]]] = {"parts": parts, "ours": ours, "plain": plain}
-
-
-def sitting(engine: str, num_rounds: int) -> list[float]:
-    """Rounds of an engine in a process of its own, without the first."""
-    command = "import json, sys; from bench.flesd import ENGINES; done = ENGINES[sys.argv[1]](int(sys.argv[2]))"
-    command += "; print('\\n' + json.dumps(done))"
-    ran = subprocess.run(
-        [sys.executable, "-c", command, engine, str(num_rounds)],
-        cwd=Path(__file__).resolve().parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if ran.returncode:
-        raise RuntimeError(f"the sitting of {engine} ended with {ran.returncode}: {ran.stderr[-2000:]}")
-    done: list[float] = json.loads(ran.stdout.splitlines()[-1])
-    return done[1:]
-
-
 def flesd() -> Result:
     """Sittings in turn; round i of a sitting is paired with round i of the other engine's."""
     done: dict[str, list[float]] = {"parts": [], "ours": []}
-    for order in islice(_turns(list(done)), SITTINGS):
-        for engine in order:
-            done[engine] += sitting(engine, ROUNDS)
-    done["plain"] = sitting("plain", PLAIN_ROUNDS)
+    for i in range(SITTINGS):
+        for engine in done if i % 2 == 0 else reversed(done):
+            done[engine] += in_own_process(f"bench.flesd.{engine}({ROUNDS})")[1:]
     ratios = [mine / bound for mine, bound in zip(done["ours"], done["parts"], strict=True)]
+    done["plain"] = in_own_process(f"bench.flesd.plain({PLAIN_ROUNDS})")[1:]
     figures: dict[str, Any] = {
         "unit": "seconds per round",
         "cores": CORES,
@@ -252,9 +228,3 @@ def flesd() -> Result:
         "medians": {engine: median_interval(seconds)[0] for engine, seconds in done.items()},
     }
     return figures, [judge("flesd.round", ratios, LIMIT, "lower")]
-
-
-def _turns(names: list[str]) -> Iterator[list[str]]:
-    while True:
-        yield names
-        names = names[::-1]

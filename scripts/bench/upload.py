@@ -1,17 +1,13 @@
 """Eight clients answer with 50 MB each: a round on our Ray grid against one of Flower's own simulation engine."""
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.measure import Result, judge, median_interval
+from bench.measure import Result, in_own_process, judge, median_interval
 from bench.memory import Peak, private_bytes
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -120,31 +116,12 @@ def flower() -> list[dict[str, float]]:
     return done
 
 
-def sitting(engine: str) -> list[dict[str, float]]:
-    """The rounds of one engine in a process of its own, without the first."""
-    command = (
-        "import json, sys; import bench.upload as u; done = getattr(u, sys.argv[1])(); print('\\n' + json.dumps(done))"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", command, engine],
-        cwd=Path(__file__).resolve().parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if ran.returncode:
-        raise RuntimeError(f"the sitting of {engine} ended with {ran.returncode}: {ran.stderr[-2000:]}")
-    done: list[dict[str, float]] = json.loads(ran.stdout.splitlines()[-1])
-    return done[1:]
-
-
 def upload() -> Result:
     """Sittings in turn, each engine first as often as it can be; round i of a sitting is paired with the other's."""
     done: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for i in range(SITTINGS):
         for engine in ENGINES if i % 2 == 0 else reversed(ENGINES):
-            done[engine] += sitting(engine)
+            done[engine] += in_own_process(f"bench.upload.{engine}()")[1:]
     pairs = list(zip(done["flower"], done["ours"], strict=True))
     ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]
     figures: dict[str, Any] = {
@@ -160,8 +137,6 @@ def upload() -> Result:
     }
     bars = [
         judge("upload.flower", ratios, LIMITS["flower"], "higher"),
-        judge(
-            "upload.extra_uploads", [one["extra_uploads"] for one in done["ours"]], LIMITS["extra_uploads"], "lower"
-        ),
+        judge("upload.extra_uploads", [one["extra_uploads"] for one in done["ours"]], LIMITS["extra_uploads"], "lower"),
     ]
     return figures, bars
