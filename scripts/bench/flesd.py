@@ -58,7 +58,7 @@ def ours(num_rounds: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for split, count in (("train", CLIENTS * PRIVATE + PUBLIC), ("test", 100)):
-            _write_parquet(root / "cifar10" / f"{split}-0.parquet", images(count, 0))
+            write_parquet(root / "cifar10" / f"{split}-0.parquet", images(count, 0))
         size = f"data.num_images={CLIENTS * PRIVATE + PUBLIC}"
         config = compose(
             [*SETTINGS, size, f"data.root={root}", f"run_dir={root}/run", f"federation.num_rounds={num_rounds}"]
@@ -69,7 +69,8 @@ def ours(num_rounds: int) -> list[float]:
     return [row["seconds"] - row["seconds_evaluation"] for row in servers]
 
 
-def _write_parquet(path: Path, pixels: np.ndarray) -> None:
+def write_parquet(path: Path, pixels: np.ndarray) -> None:
+    """Images, (n, h, w, 3), with ten classes in turn, as a data set of parquet files has them."""
     encoded = []
     for image in pixels:
         file = io.BytesIO()
