@@ -435,7 +435,7 @@ class Distiller:
 
     def _embed(self, model: Model, x: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b d"]]:
         """Features and normalised projections, fp32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp and self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             features = model.backbone(x)
             projections = model.projector(features)
         return features.float(), F.normalize(projections.float(), dim=1)
@@ -474,7 +474,7 @@ def distill(
         round_num: 1 .. num_rounds, for the schedule.
         num_rounds: rounds of the run, for the schedule.
         device: where to train; the target's similarities are moved there.
-        amp: bfloat16 autocast in the encoders; CUDA only, ignored elsewhere. Logits and loss are always fp32.
+        amp: bfloat16 autocast in the encoders. Logits and loss are always fp32.
         reference: whose features the student is to keep, with the student's number of them; it is left as it is. None:
             the student's own at the start. Read only if `distillation.feature_weight` is not 0.
 

@@ -36,9 +36,15 @@ def numpy_generator(seed: int, purpose: str, round_num: int = 0, partition_id: i
 
 @contextmanager
 def seeded_init(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> Iterator[None]:
-    """Inside, torch's global CPU generator is seeded (layers initialise from it); outside, it is untouched."""
+    """Inside, torch's global generators are seeded (layers and dropout use them); the CPU's is untouched outside.
+
+    `torch.manual_seed` would format a stack trace for a CUDA that has not started, 1 ms each time.
+    """
+    derived = derive_seed(seed, purpose, round_num, partition_id)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, purpose, round_num, partition_id))
+        torch.default_generator.manual_seed(derived)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(derived)
         yield
 
 

@@ -146,7 +146,7 @@ def train(
         round_num: 1 .. num_rounds, for the schedule.
         num_rounds: rounds of the run, for the schedule.
         device: where to train.
-        amp: bfloat16 autocast; CUDA only, ignored elsewhere.
+        amp: bfloat16 autocast of the network; the losses' inner products stay fp32.
 
     Returns:
         `loss` and `loss_first`, the means over the steps of the last and the first epoch, any penalty included;
@@ -174,7 +174,7 @@ def train(
     views_rng = generator(seed, "views", round_num, device=device)
     epoch_losses: list[float] = []
     image_passes = done = 0
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp and device.type == "cuda")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
 
     # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
     with seeded_init(seed, "dropout", round_num), _last_projections(model) as projections:

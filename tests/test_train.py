@@ -334,12 +334,21 @@ def test_the_shipped_client_settings_compose() -> None:
     assert isinstance(instantiate(client.optimisation), Optimisation)
 
 
-@pytest.mark.gpu
-def test_mixed_precision_on_a_gpu_stays_near_full_precision() -> None:
-    device = torch.device("cuda")
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mixed_precision_stays_near_full_precision(name: str) -> None:
+    device = torch.device(name)
     losses = [run(new_model(), image_set(64), batch_size=32, device=device, amp=amp)["loss"] for amp in (False, True)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
+
+
+@pytest.mark.parametrize(("amp", "cpu_amp"), [(True, False), (False, True)])
+def test_each_kind_of_device_has_its_own_switch_for_mixed_precision(amp: bool, cpu_amp: bool) -> None:
+    node = OmegaConf.load(CONF / "client" / "default.yaml")
+    del node["store"]  # the grid's
+    settings = instantiate(node, amp=amp, cpu_amp=cpu_amp)
+    assert settings.autocast(torch.device("cuda")) == amp
+    assert settings.autocast(torch.device("cpu")) == cpu_amp
 
 
 @pytest.mark.slow

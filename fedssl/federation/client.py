@@ -39,7 +39,8 @@ class LocalTraining:
     local_epochs: int
     batch_size: int
     threads: int  # torch threads of a client on the CPU; part of the result
-    amp: bool  # bfloat16 autocast; on a GPU only
+    amp: bool  # bfloat16 autocast on a GPU
+    cpu_amp: bool  # the same on the CPU
     optimisation: Optimisation
 
     def __post_init__(self) -> None:
@@ -48,6 +49,10 @@ class LocalTraining:
                 "client.local_epochs and client.threads must be at least 1 and client.batch_size at least 2 "
                 f"(a contrastive loss compares images), got {self.local_epochs}, {self.threads}, {self.batch_size}"
             )
+
+    def autocast(self, device: torch.device) -> bool:
+        """Whether networks compute in bfloat16 there, in training and distillation; probes never do."""
+        return self.amp if device.type == "cuda" else self.cpu_amp and device.type == "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +179,7 @@ class Client:
                 round_num=self.round_num,
                 num_rounds=self.num_rounds,
                 device=self.device,
-                amp=self.local.amp and self.device.type == "cuda",
+                amp=self.local.autocast(self.device),
             )
         self.memory |= {f"{prefix}{name}": value for name, value in kept.items()}
         self.trained[family or self.family] = model
@@ -207,7 +212,7 @@ class Client:
                 round_num=self.round_num,
                 num_rounds=self.num_rounds,
                 device=self.device,
-                amp=self.local.amp and self.device.type == "cuda",
+                amp=self.local.autocast(self.device),
             )
 
     def evaluate(self, model: Model) -> dict[str, float]:

@@ -7,6 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation.client import Broadcast, Client, ClientUpdate
+from fedssl.federation.model_pool import ModelPool
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 
@@ -24,15 +25,20 @@ def make_client_app(
         setup: data, models and settings of the run.
         update: the strategy's client half; None where it has none, then clients only say who they are.
         store: the clients' memory between rounds.
-        explain: wrap an exception into one line with the phase it happened in; a replay wants the bare exception.
+        explain: wrap an exception into one line with the phase it happened in. A replay wants the bare exception, and
+            models that stay as the client left them.
     """
     app = ClientApp()
+    pool = ModelPool(setup.build_model)
 
     def receive(message: Message, context: Context) -> tuple[Client, Broadcast]:
         config = message.content.config_records["config"]
         round_num = int(config["server-round"])  # type: ignore[arg-type]
         partition_id = int(context.node_config["partition-id"])
         client = setup.client(partition_id, round_num)
+        if explain:
+            pool.take_back()
+            client.build_model = pool
         fingerprint = config.get("public-fingerprint", client.public_set.fingerprint)
         if fingerprint != client.public_set.fingerprint:
             raise ConfigError(

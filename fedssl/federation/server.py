@@ -215,7 +215,7 @@ class Server:
             round_num=round_num,
             num_rounds=self.num_rounds,
             device=self.device,
-            amp=self.local.amp and self.device.type == "cuda",
+            amp=self.local.autocast(self.device),
         )
 
     def distill(
@@ -239,7 +239,7 @@ class Server:
             round_num=round_num,
             num_rounds=self.num_rounds,
             device=self.device,
-            amp=self.local.amp and self.device.type == "cuda",
+            amp=self.local.autocast(self.device),
             reference=reference,
         )
 

@@ -1,7 +1,11 @@
 """What every benchmark returns: figures, and bars with the 95 % interval of their median."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -39,3 +43,14 @@ def judge(name: str, values: Sequence[float], bar: float, better: Literal["lower
 
 
 Result = tuple[dict[str, Any], list[Bar]]  # figures, bars
+
+
+def in_own_process(call: str) -> Any:
+    """What `call`, e.g. "bench.memory.one_round('topk')", returns in a fresh process, as JSON."""
+    module = call.partition("(")[0].rpartition(".")[0]
+    command = f"import json, {module}; found = {call}; print('\\n' + json.dumps(found))"
+    folder = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{call} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,8 +1,5 @@
 """The server's private memory for 10 clients on a public set of 50,000 images, from their messages to targets."""
 
-import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -11,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.measure import Result, judge
+from bench.measure import Result, in_own_process, judge
 from flwr.app import Message
 
 from fedssl.codecs import Codec, Factor, TopK
@@ -113,17 +110,9 @@ def one_round(name: str) -> dict[str, float]:
 def memory() -> Result:
     """Each codec in processes of its own, in turn."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CODECS}
-    command = "import json, sys; from bench.memory import one_round; print(json.dumps(one_round(sys.argv[1])))"
     for _ in range(REPETITIONS):
         for name, done in rounds.items():
-            ran = subprocess.run(
-                [sys.executable, "-c", command, name],
-                cwd=Path(__file__).resolve().parent.parent,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            done.append(json.loads(ran.stdout.splitlines()[-1]))
+            done.append(in_own_process(f"bench.memory.one_round({name!r})"))
     figures: dict[str, Any] = {
         "clients": CLIENTS,
         "images": IMAGES,

@@ -1,0 +1,123 @@
+"""Many registered clients and a small cohort: what a round costs, and whether memory grows from round to round.
+
+Whole runs of FedAvg on Ray with a tiny network, so that what is measured is the framework. `--plot` of this module
+draws benchmarks/scale.png from a result.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench.flesd import write_parquet
+from bench.measure import Result, in_own_process, judge, median_interval
+from bench.memory import Peak, private_bytes
+
+from fedssl import run
+from fedssl.config import compose
+
+SIDE = 8  # pixels
+IMAGES = 5  # of a client
+ROUNDS = 50
+WARM = 1  # rounds before memory is flat: imports, caches, allocator
+CASES = ((10_000, 100), (10_000, 50), (10_000, 200), (1_000, 100))  # registered clients, cohort; memory of the first
+GROWTH_MB = 20.0  # of the server's process from round 10 to 50
+LINEAR = 1.25  # cost per client with a cohort of 200 over that with 50
+REGISTERED = 1.25  # cost of a round with 10,000 registered over one with 1,000
+
+
+def one_run(registered: int, cohort: int) -> dict[str, Any]:
+    """Seconds and private memory of each round. For a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        rng = np.random.default_rng(0)
+        for split, count in (("train", registered * IMAGES + 100), ("test", 100)):
+            pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+            write_parquet(root / f"{split}-0.parquet", pixels)
+        config = compose([
+            "data=parquet", f"data.root={root}", f"data.image_size={SIDE}", "partition=iid", "public.size=100",
+            "strategy=fedavg", "+models.tiny._target_=fedssl.models.backbones.Conv4", "+models.tiny.width=4",
+            "federation.families=[tiny]", f"federation.num_clients={registered}", f"federation.cohort_size={cohort}",
+            f"federation.num_rounds={ROUNDS}", "client.local_epochs=1", "evaluate.every=1000",
+            "evaluate.raw_pixels=false", f"run_dir={root}/run",
+        ])  # fmt: skip
+        sampled = Sampled(root / "run" / "metrics.jsonl")
+        sampled.start()
+        run(config)
+        sampled.stop()
+        rows = map(json.loads, (root / "run" / "metrics.jsonl").read_text().splitlines())
+        servers = [row["metrics"] for row in rows if row["scope"] == "server"]
+    seconds = [row["seconds"] - row["seconds_evaluation"] for row in servers]
+    return {"seconds": seconds, "private_mb": sampled.by_round}
+
+
+class Sampled(Peak):
+    """The process's private memory as each round's row is written, in MB."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.by_round: list[float] = []
+
+    def run(self) -> None:
+        """Sample until `stop`."""
+        while not self._stopped.wait(0.05):
+            written = self.path.read_text().count('"scope": "server"') if self.path.exists() else 0
+            if written > len(self.by_round):
+                self.by_round += [private_bytes() / 1e6] * (written - len(self.by_round))
+
+
+def scale() -> Result:
+    """Each case once, in a process of its own."""
+    runs = {
+        f"{registered}/{cohort}": in_own_process(f"bench.scale.one_run({registered}, {cohort})")
+        for registered, cohort in CASES
+    }
+    warm = {name: one["seconds"][WARM:] for name, one in runs.items()}
+    medians = {name: median_interval(seconds)[0] for name, seconds in warm.items()}
+    memory = runs["10000/100"]["private_mb"]
+    growth = [later - memory[WARM] for later in memory[-WARM:]]
+    bars = [judge("scale.growth_mb", growth, GROWTH_MB, "lower")]
+    for name, dear, cheap, limit in (
+        ("linear", "10000/200", "10000/50", LINEAR * 200 / 50),
+        ("registered", "10000/100", "1000/100", REGISTERED),
+    ):
+        ratios = [a / b for a, b in zip(warm[dear], warm[cheap], strict=True)]
+        bars.append(judge(f"scale.{name}", ratios, limit, "lower"))
+    figures = {
+        "unit": "seconds per round",
+        "rounds": ROUNDS,
+        "runs": runs,
+        "medians": medians,
+        "ms_per_client": {name: 1000 * seconds / int(name.split("/")[1]) for name, seconds in medians.items()},
+    }
+    return figures, bars
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Seconds of a round over the cohort, and the server's memory over the rounds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for registered, marker in (("10000", "o"), ("1000", "s")):
+        points = sorted(
+            (int(n.split("/")[1]), s) for n, s in figures["medians"].items() if n.split("/")[0] == registered
+        )
+        left.plot(*zip(*points, strict=True), marker=marker, label=f"{int(registered):,} registered")
+    left.set(xlabel="cohort", ylabel="seconds per round", xlim=(0, None), ylim=(0, None))
+    left.legend()
+    for name, one in figures["runs"].items():
+        registered, cohort = name.split("/")
+        right.plot(
+            range(1, len(one["private_mb"]) + 1), one["private_mb"], label=f"{int(registered):,}, cohort {cohort}"
+        )
+    right.set(xlabel="round", ylabel="server's private memory, MB", ylim=(0, None))
+    right.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":  # python scripts/bench/scale.py RESULT.json OUT.png
+    plot(json.loads(Path(sys.argv[1]).read_text())["figures"], Path(sys.argv[2]))

@@ -1,0 +1,144 @@
+"""One epoch of a client, from uint8 images to trained weights, against the same model stepping on ready tensors."""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from bench.measure import Bar, Result, judge, median_interval
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedssl import train as training
+from fedssl.config import compose, instantiate
+from fedssl.data.images import ImageSet
+from fedssl.data.views import Views
+from fedssl.methods import Method
+from fedssl.models import Model, calibrate_batch_norm, feature_dim
+
+SIZE = 32  # pixels
+PAIRS = 15
+UNTIMED = 1  # pairs before them
+BARS = ((10e6, 0.90), (0.0, 0.75))  # (operations a view from which it holds, share of the bare loop)
+LARGE = 100e6  # operations a view from which an epoch has fewer and smaller batches: one takes seconds
+EPOCHS = {False: (16, 64), True: (4, 32)}  # large? -> steps, images a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What both loops work on."""
+
+    model: Model  # never trained itself
+    method: Method
+    views: Views
+    optimisation: training.Optimisation
+    images: ImageSet
+    batch_size: int
+    device: torch.device
+    amp: bool
+
+    def ours(self) -> float:
+        """Seconds of `fedssl.train.train`, of which a client's local training consists."""
+        model = copy.deepcopy(self.model)
+        _wait(self.device)
+        started = time.perf_counter()
+        training.train(
+            model,
+            self.images,
+            method=self.method,
+            views=self.views,
+            optimisation=self.optimisation,
+            batch_size=self.batch_size,
+            epochs=1,
+            seed=0,
+            round_num=1,
+            num_rounds=1,
+            device=self.device,
+            amp=self.amp,
+        )
+        _wait(self.device)
+        return time.perf_counter() - started
+
+    def bare(self) -> float:
+        """Seconds of as many steps of the same sizes on random tensors that are on the device, in its best layout."""
+        model = copy.deepcopy(self.model).to(self.device).train()
+        optimiser, _ = self.optimisation.build(model.parameters(), total_steps=1, round_num=1, num_rounds=1)
+        state = self.method.new_state(model).to(self.device)
+        x1, x2 = (self._random() for _ in range(2))
+        _wait(self.device)
+        started = time.perf_counter()
+        for _ in range(len(self.images) // self.batch_size):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                loss = self.method.loss(model, state, x1, x2)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            optimiser.zero_grad()
+        loss.item()
+        _wait(self.device)
+        return time.perf_counter() - started
+
+    def _random(self) -> Tensor:
+        x = torch.randn(self.batch_size, 3, SIZE, SIZE, device=self.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def operations(model: Model) -> float:
+    """Multiplications and additions of one view's forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).eval()(torch.zeros(1, 3, SIZE, SIZE))
+    return float(counter.get_total_flops())
+
+
+def epoch(family: str, device: torch.device) -> tuple[Epoch, float]:
+    """A client's epoch of `family` with the default configuration, and `operations`."""
+    config = compose(["data=cifar10"])
+    backbone = instantiate(config["models"][family])
+    model = Model(backbone, instantiate(config["projector"], in_dim=feature_dim(backbone, SIZE)))
+    calibrate_batch_norm(model, torch.randn(16, 3, SIZE, SIZE))  # as after a first round
+    cost = operations(model)
+    steps, batch_size = EPOCHS[cost >= LARGE]
+    pixels = np.random.default_rng(0).integers(0, 256, (steps * batch_size, 3, SIZE, SIZE), dtype=np.uint8)
+    one = Epoch(
+        model=model,
+        method=instantiate(config["method"]),
+        views=instantiate(config["views"]),
+        optimisation=instantiate(config["client"]["optimisation"]),
+        images=ImageSet(pixels=pixels, indices=np.arange(len(pixels)), labels=None, classes=(), name="noise"),
+        batch_size=batch_size,
+        device=device,
+        amp=config["client"]["amp"] and device.type == "cuda",
+    )
+    return one, cost
+
+
+def train() -> Result:
+    """Every family, on the GPU where there is one, else with one thread, as a worker has it."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    families: dict[str, Any] = {}
+    bars: list[Bar] = []
+    for family in compose([])["models"]:
+        one, cost = epoch(family, device)
+        pairs = [(one.bare(), one.ours()) for _ in range(UNTIMED + PAIRS)][UNTIMED:]
+        shares = [bare / ours for bare, ours in pairs]
+        limit = next(limit for least, limit in BARS if cost >= least)
+        bars.append(judge(f"train.{family}", shares, limit, "higher"))
+        images = len(one.images)
+        families[family] = {
+            "mflop_a_view": cost / 1e6,
+            "images": images,
+            "batch_size": one.batch_size,
+            "bare_s": [bare for bare, _ in pairs],
+            "ours_s": [ours for _, ours in pairs],
+            "images_per_s": median_interval([images / ours for _, ours in pairs]),
+            "gflop_per_s": median_interval([6 * images * cost / ours / 1e9 for _, ours in pairs])[0],
+        }
+    figures = {"unit": "seconds per epoch", "pairs": PAIRS, "device": str(device), "families": families}
+    return figures, bars
