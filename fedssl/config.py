@@ -170,7 +170,9 @@ def _named_source(
 
 def fill_in(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as a run has saved it, with the settings that have come since (conf/as_before.yaml)."""
-    return _filled(config, _as_before())
+    as_before = _as_before()
+    filled = _filled(config, as_before["keys"])
+    return {key: _of_targets(value, as_before["targets"]) for key, value in filled.items()}
 
 
 @cache
@@ -183,6 +185,13 @@ def _filled(saved: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]
     added = {key: copy.deepcopy(value) for key, value in node.items() if key not in saved}
     both = [key for key in node if isinstance(node[key], Mapping) and isinstance(saved.get(key), Mapping)]
     return {**saved, **added, **{key: _filled(saved[key], node[key]) for key in both}}
+
+
+def _of_targets(node: Any, targets: Mapping[str, Mapping[str, Any]]) -> Any:
+    if isinstance(node, Mapping):
+        added = targets.get(str(node.get("_target_")), {})
+        return {**added, **{key: _of_targets(value, targets) for key, value in node.items()}}
+    return [_of_targets(value, targets) for value in node] if isinstance(node, list) else node
 
 
 def overridden(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

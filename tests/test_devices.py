@@ -1,5 +1,6 @@
 """Simulated devices: seconds by hand, the same draws for everybody, a deadline that drops exactly the slow ones."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -341,6 +342,17 @@ def test_what_is_filled_in_is_what_is_absent() -> None:
     now = compose([])
     assert fill_in(now) == now
     assert devices.keys() == now["federation"]["devices"].keys()
+
+
+def test_views_of_an_older_run_are_computed_as_they_were_wherever_they_stand() -> None:
+    now = compose(["data=cifar10", "views@distill.views=colour"])
+    saved = copy.deepcopy(now)
+    for views in (saved["views"], saved["distill"]["views"]):
+        del views["kernel"]
+    filled = fill_in(saved)
+    assert filled["views"]["kernel"] == filled["distill"]["views"]["kernel"] == "torch"
+    geometric = compose(["data=digits"])
+    assert fill_in(geometric) == geometric
 
 
 def test_models_under_the_names_of_an_earlier_version_are_named(
