@@ -1,22 +1,18 @@
-"""Stock strategies by Flower alone: what our loop is compared with. As a program, under Flower's simulation engine."""
+"""Stock strategies by Flower alone: what our loop is compared with."""
 
-import json
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Context, Message
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import Message
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedssl.config import instantiate
 from fedssl.federation.setup import Setup
-from fedssl.federation.simulation import load_client_app
 
 
 class Plain(nn.Module):
@@ -52,30 +48,3 @@ def start(config: dict[str, Any], grid: Grid) -> dict[str, np.ndarray]:
     arrays = Setup(config).server().initial_arrays()
     result = strategy.start(cast(Grid, InOrder(grid)), arrays, num_rounds=config["federation"]["num_rounds"])
     return {name: array.numpy().astype(np.float32) for name, array in result.arrays.items()}
-
-
-def main(configs: Path, folder: Path) -> None:
-    """Learn with every configuration in the JSON file `configs`, and write `<strategy>.npz` for each."""
-    from flwr.simulation import run_simulation
-
-    app = ServerApp()
-    of = json.loads(configs.read_text())
-
-    @app.main()
-    def learn(grid: Grid, context: Context) -> None:
-        for config in of:
-            np.savez(folder / f"{config['strategy']['name']}.npz", **start(config, grid))  # type: ignore[arg-type]
-
-    run_simulation(
-        server_app=app,
-        client_app=load_client_app(of[0], folder),  # all have the same client half
-        num_supernodes=of[0]["federation"]["num_clients"],
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"address": "local", "num_cpus": 2, "include_dashboard": False},
-        },
-    )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -32,6 +32,7 @@ def test_the_installed_flower_is_one_that_was_checked() -> None:
 
 
 def test_constants_are_flowers() -> None:
+    assert flower_compat.UNKNOWN == ErrorCode.UNKNOWN
     assert flower_compat.CLIENT_RAISED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert flower_compat.CLIENT_CRASHED == ErrorCode.CLIENT_APP_CRASHED
     assert flower_compat.SERVER_NODE_ID == SUPERLINK_NODE_ID

@@ -243,7 +243,7 @@ def test_settings_check_themselves(changes: dict[str, object], message: str) -> 
         settings(**changes)
 
 
-@pytest.mark.parametrize("name", ["ray", "in_process"])
+@pytest.mark.parametrize("name", ["ray", "in_process", "flower_sim"])
 def test_every_setting_is_listed_in_its_yaml(name: str) -> None:
     values = yaml.safe_load((Path(__file__).parent.parent / "conf" / "grid" / f"{name}.yaml").read_text())
     module, _, class_name = values.pop("_target_").rpartition(".")

@@ -14,7 +14,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedssl.errors import ConfigError
-from fedssl.federation.grids.ray import Ray, RayGrid, _open_grids
+from fedssl.federation.grids.ray import Ray, RayGrid, open_grids
 from tests import grid_apps
 from tests.test_grids import messages, plain_fedavg, stock_fedavg
 
@@ -216,10 +216,10 @@ def test_another_ray_is_refused_while_grids_are_open(grid: RayGrid) -> None:
 
 def test_a_closed_grid_is_closed(grid: RayGrid) -> None:
     short = SETTINGS.open(grid_apps.Behaviour, num_clients=1, threads=1, device="cpu")
-    assert short in _open_grids
+    assert short in open_grids
     short.close()
     short.close()
-    assert short not in _open_grids
+    assert short not in open_grids
     with pytest.raises(RuntimeError, match="this grid is closed"):
         short.push_messages(messages(grid, [0]))
 

@@ -5,6 +5,7 @@ message an id. Our grids play both roles, so they have to do the same by hand.
 """
 
 import gc
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -14,6 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.supercore import telemetry
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -21,7 +23,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 RUN_ID = 1
 SERVER_NODE_ID = 1  # what Flower calls the SuperLink
 
-CLIENT_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+UNKNOWN = 0  # flwr.common.constant.ErrorCode.UNKNOWN: Flower's engine, of an actor that died
+CLIENT_RAISED = 2  # CLIENT_APP_RAISED_EXCEPTION
 CLIENT_CRASHED = 8  # CLIENT_APP_CRASHED: its process died
 
 LARGE_BYTES = 1 << 18  # arrays from this size on travel outside the pickle, without a copy
@@ -34,6 +37,12 @@ def identify_process() -> None:
     for name, value in (("run_id", RUN_ID), ("task_id", RUN_ID), ("node_id", SERVER_NODE_ID)):
         if getattr(TaskIdentity, f"_{name}") is None:
             setattr(TaskIdentity, name, value)
+
+
+def send_no_telemetry() -> None:
+    """Where the environment does not say otherwise: Flower reads it once, when it is imported."""
+    if "FLWR_TELEMETRY_ENABLED" not in os.environ:
+        telemetry.FLWR_TELEMETRY_ENABLED = "0"
 
 
 def empty_run() -> Run:

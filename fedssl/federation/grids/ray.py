@@ -121,7 +121,7 @@ class Ray:
 # --- Ray itself ------------------------------------------------------------------------------------------------------
 
 _started: tuple[str | None, int | None] | None = None  # the Ray that this module started: address and gpus
-_open_grids: weakref.WeakSet[Any] = weakref.WeakSet()
+open_grids: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def start_ray(address: str | None, gpus: int | None) -> Any:
@@ -135,7 +135,7 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
     if ray.is_initialized():
         if _started is None or _started == (address, gpus):
             return ray
-        if _open_grids:
+        if open_grids:
             raise ConfigError(
                 f"this process already runs a Ray with grid.address={_started[0]}, grid.gpus={_started[1]}; "
                 f"close its grids before opening one with grid.address={address}, grid.gpus={gpus}."
@@ -159,6 +159,18 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
     ray._private.worker._worker_logs_enabled = False  # a worker's death is an event of the grid, not a print
     _started = (address, gpus)
     return ray
+
+
+def start_own_ray(gpus: int | None) -> Any:
+    """The module `ray`, initialised on this machine for somebody who will shut it down."""
+    import ray
+
+    if open_grids or (ray.is_initialized() and _started is None):
+        raise ConfigError(
+            "grid=flower_sim ends the Ray that it ran on, and this process uses one already: close its grids (or call "
+            "ray.shutdown()) first, or use grid=ray."
+        )
+    return start_ray(None, gpus)
 
 
 @contextmanager
@@ -187,16 +199,35 @@ _Job = tuple[Metadata, dict[str, Any], RecordDict | None]  # metadata, records, 
 _Result = tuple[Message, RecordDict | None, float]  # reply, Context.state, seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a worker shares with the driver: where modules and files are found, and whether it sees GPUs."""
+
+    path: list[str]
+    directory: str
+    see_gpus: bool
+
+    @classmethod
+    def of_this_process(cls, *, see_gpus: bool) -> "Surroundings":
+        """Those of the driver."""
+        path = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109
+        return cls(path=path, directory=os.getcwd(), see_gpus=see_gpus)  # noqa: PTH109
+
+    def enter(self) -> None:
+        """Make them this process's own; before it loads an app."""
+        sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
+        if Path(self.directory).is_dir():  # another machine of a cluster may not have it
+            os.chdir(self.directory)
+        if not self.see_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        flower_compat.identify_process()
+
+
 class _Worker:
     """Runs in an actor: holds the app, answers batches of messages."""
 
-    def __init__(self, path: list[str], directory: str, num_partitions: int, threads: int, see_gpus: bool) -> None:
-        sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
-        if Path(directory).is_dir():  # another machine of a cluster may not have it
-            os.chdir(directory)
-        if not see_gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        flower_compat.identify_process()
+    def __init__(self, surroundings: Surroundings, num_partitions: int, threads: int) -> None:
+        surroundings.enter()
         self._num_partitions = num_partitions
         self._threads = threads
         self._broadcast: dict[int, Any] = {}
@@ -298,15 +329,8 @@ class RayGrid(LocalGrid):
         actor_class = ray.remote(_Worker).options(
             num_cpus=placement.num_cpus, num_gpus=placement.num_gpus, max_restarts=0, max_task_retries=0
         )
-        path = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109
-        self._new_actor = partial(
-            actor_class.remote,
-            path,
-            os.getcwd(),  # noqa: PTH109
-            num_clients,
-            threads,
-            placement.num_gpus > 0,
-        )
+        surroundings = Surroundings.of_this_process(see_gpus=placement.num_gpus > 0)
+        self._new_actor = partial(actor_class.remote, surroundings, num_clients, threads)
         self._load_app: bytes = cloudpickle.dumps(load_app)  # type: ignore[no-untyped-call]
         self._queue: deque[_Task] = deque()
         self._tasks: dict[str, _Task] = {}  # all that somebody waits for and that have no reply yet
@@ -319,7 +343,7 @@ class RayGrid(LocalGrid):
         self._failed_starts = 0
         self._closed = False
         self._slots = [self._start_worker() for _ in range(placement.workers)]
-        _open_grids.add(self)
+        open_grids.add(self)
 
     # --- messages
 
@@ -346,7 +370,7 @@ class RayGrid(LocalGrid):
         if self._closed:
             return
         self._closed = True
-        _open_grids.discard(self)
+        open_grids.discard(self)
         if self._ray.is_initialized():
             for slot in self._slots:
                 self._ray.kill(slot.actor)

@@ -1,0 +1,83 @@
+"""pfl-research 0.6.0 on the task, by its documented interface; more processes by torchrun."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.nn.functional as F
+from pfl.aggregate.simulate import SimulatedBackend
+from pfl.algorithm.base import NNAlgorithmParams
+from pfl.algorithm.federated_averaging import FederatedAveraging
+from pfl.callback.base import TrainingProcessCallback
+from pfl.data.federated_dataset import FederatedDataset
+from pfl.data.pytorch import PyTorchTensorDataset
+from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
+from pfl.internal.ops.selector import get_framework_module
+from pfl.metrics import Weighted
+from pfl.model.pytorch import PyTorchModel
+from round_task import BATCH, CNN, COHORT, LEARNING_RATE, NUM_CLIENTS, Clock, Task, arguments
+from torch import Tensor, nn
+
+
+class Module(CNN):
+    """The network with the two methods that pfl asks for."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of a batch."""
+        return F.cross_entropy(self(x), y)
+
+    @torch.no_grad()
+    def metrics(self, x: Tensor, y: Tensor) -> dict[str, Weighted]:
+        """Only in iterations that evaluate: pfl's first."""
+        return {"loss": Weighted(F.cross_entropy(self(x), y, reduction="sum").item(), len(x))}
+
+
+class Laps(TrainingProcessCallback):
+    """Times the central iterations."""
+
+    def __init__(self, given: Namespace) -> None:
+        self.given = given
+        self.clock: Clock
+
+    def on_train_begin(self, *, model):  # noqa: D102
+        self.clock = Clock(self.given)
+        return super().on_train_begin(model=model)
+
+    def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):  # noqa: D102
+        self.clock.lap(lambda: nn.utils.parameters_to_vector(model.pytorch_model.parameters()))
+        return super().after_central_iteration(aggregate_metrics, model, central_iteration=central_iteration)
+
+
+def main() -> None:
+    given = arguments()
+    task = Task(given.folder)
+    users = {
+        user: PyTorchTensorDataset((task.images[user], task.labels[user]), user_id=user) for user in range(NUM_CLIENTS)
+    }
+    sequence = iter([user for cohort in task.cohorts for user in cohort])
+    data = FederatedDataset(users.__getitem__, lambda: next(sequence))
+    module = Module()
+    module.load_state_dict(task.model().state_dict())
+    model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), lr=1.0))
+    laps = Laps(given)
+    FederatedAveraging().run(
+        NNAlgorithmParams(
+            central_num_iterations=given.rounds, evaluation_frequency=10**6, train_cohort_size=COHORT, val_cohort_size=0
+        ),
+        SimulatedBackend(data, data),
+        model,
+        NNTrainHyperParams(local_num_epochs=1, local_learning_rate=LEARNING_RATE, local_batch_size=BATCH),
+        NNEvalHyperParams(local_batch_size=None),
+        [laps],
+    )
+    distributed = get_framework_module().distributed
+    assert distributed.world_size == given.processes
+    if distributed.global_rank == 0:
+        laps.clock.report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A round of federated averaging in pfl-research's CIFAR-10 setting: ours, none at all, and the peers."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench.measure import Bar, Result, judge, median_interval
+from bench.round_task import COHORT, NUM_CLIENTS, Task
+
+from fedssl.seeding import numpy_generator
+
+HERE = Path(__file__).parent
+SITTINGS = 3  # each engine starts once in each, in alternating order
+TIMED = 6  # rounds of a sitting after the first
+LIMIT_S = 600  # for an engine's sitting
+BARS = {"round.bound": 1.10, "round.flower": 2.0, "round.pfl": 1.0, "round.first_s": 5.0}
+TOLERANCE = 1e-5  # of weights after the first round: engines differ in the order of their sums
+
+
+def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """What starts each engine, in order; and the peers that are missing, with the reason."""
+    ours = [sys.executable, "-m", "bench.round_engines"]
+    found = {"plain": [*ours, "plain"], "ours_ray": [*ours, "ours_ray"]}
+    missing = {}
+    for peer, engines in (("pfl", (f"pfl_{processes}", "pfl_1")), ("blazefl", ("blazefl",))):
+        folder = os.environ.get("FEDSSL_PEERS")
+        home = Path(folder or "", peer).absolute()
+        if folder is None or not (home / "complete").exists():
+            missing[peer] = "FEDSSL_PEERS is not set" if folder is None else f"not in FEDSSL_PEERS={folder}"
+            continue
+        script = str(HERE / "peers" / f"{peer}_round.py")
+        for engine in dict.fromkeys(engines):
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            launcher = torchrun if engine != "pfl_1" and peer == "pfl" else []
+            found[engine] = [str(home / "bin" / "python"), *launcher, script, engine]
+    for engine in ("flower_1000", "ours_in_process", "flower_100"):
+        found[engine] = [*ours, engine]
+    return found, missing
+
+
+def sit(engine: str, command: Sequence[str], folder: Path, processes: int) -> dict[str, Any]:
+    """Start one engine alone; what it reported."""
+    own = 1 if engine in ("pfl_1", "ours_in_process") else processes
+    given = ["--rounds", str(1 + TIMED), "--processes", str(own), "--started", str(time.time())]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    done = subprocess.run(
+        [*command, str(folder), *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if done.returncode or line is None:
+        raise RuntimeError(f"{engine} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    print(f"{engine}: {line}", file=sys.stderr, flush=True)
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+def differences(folder: Path, engines: Sequence[str]) -> dict[str, float]:
+    """The largest difference of any weight to the plain loops' after the first round.
+
+    More than rounding is an error: not the same work. Later rounds amplify it: a rectifier is on or off.
+    """
+    expected = np.load(folder / "weights_plain.npy")
+    found = {
+        engine: float(np.abs(np.load(folder / f"weights_{engine}.npy") - expected).max())
+        for engine in engines
+        if engine != "flower_100"  # 100 clients are other clients
+    }
+    if wrong := {engine: value for engine, value in found.items() if not value < TOLERANCE}:
+        raise RuntimeError(f"these engines learned other weights than the plain loops: {wrong}")
+    return found
+
+
+def round() -> Result:
+    """Sittings of all engines, each alone, forwards and backwards in turn."""
+    processes = len(os.sched_getaffinity(0))
+    found, missing = commands(processes)
+    sittings: dict[str, list[dict[str, Any]]] = {engine: [] for engine in found}
+    with tempfile.TemporaryDirectory(prefix="fedssl-round-") as name:
+        folder = Path(name)
+        draws = [
+            numpy_generator(0, "cohort", r).choice(NUM_CLIENTS, COHORT, replace=False) for r in range(1, TIMED + 2)
+        ]
+        Task.write(folder, np.sort(draws, axis=1))  # those that our server draws
+        for sitting in range(SITTINGS):
+            for engine in list(found) if sitting % 2 == 0 else reversed(found):
+                sittings[engine].append(sit(engine, found[engine], folder, processes))
+        off = differences(folder, list(found))
+
+    def pairs(numerator: str, denominator: str) -> list[float]:
+        return [
+            a / b
+            for one, other in zip(sittings[numerator], sittings[denominator], strict=True)
+            for a, b in zip(one["seconds"][1:], other["seconds"][1:], strict=True)
+        ]
+
+    bars = [
+        judge("round.bound", pairs("ours_ray", "plain"), BARS["round.bound"], "lower"),
+        judge("round.flower", pairs("flower_1000", "ours_ray"), BARS["round.flower"], "higher"),
+        judge("round.pfl", pairs(f"pfl_{processes}", "ours_ray"), BARS["round.pfl"], "higher")
+        if "pfl" not in missing
+        else Bar(name="round.pfl", ratio=0, ci=(0, 0), bar=BARS["round.pfl"], better="higher", holds=False),
+        judge(
+            "round.first_s",
+            [one["seconds"][0] - one["seconds"][1] for one in sittings["ours_ray"]],
+            BARS["round.first_s"],
+            "lower",
+        ),
+    ]
+    for peer, reason in missing.items():
+        print(f"{peer} was not measured: {reason}; see scripts/peers", file=sys.stderr)
+    return {"processes": processes, "rows": rows(sittings), "missing": missing, "differences": off}, bars
+
+
+def rows(sittings: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Of each engine: its median round after the first with interval, and every sitting as it was reported."""
+    table = {}
+    for engine, reports in sittings.items():
+        median, interval = median_interval([s for one in reports for s in one["seconds"][1:]])
+        table[engine] = {"seconds": median, "ci": interval, "sittings": list(reports)}
+    return table
