@@ -29,7 +29,7 @@ from rich.progress import Progress as Bars
 
 from fedssl.errors import ConfigError
 
-PACKAGES = ("fedssl", "flwr", "torch", "torchvision", "ray", "numpy")
+PACKAGES = ("fedssl", "flwr", "torch", "torchvision", "ray", "numpy", "numba")
 
 
 def plain(value: Any) -> Any:
