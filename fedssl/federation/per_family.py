@@ -3,7 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class WeightUploads(GlobalModels):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
-        self.tried: WeakSet[Message] = WeakSet()  # replies whose models work
+        self.checked: WeakKeyDictionary[Message, Upload] = WeakKeyDictionary()  # our loop checks before it aggregates
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -40,16 +40,17 @@ class WeightUploads(GlobalModels):
         return self.server.messages(server_round, cohort, config, arrays)
 
     def check(self, reply: Message) -> Upload:
-        """Parse an upload: names, shapes and dtypes of the family's weights, finite as is what they compute."""
+        """Parse an upload, once: names, shapes and dtypes of the family's weights, finite as is what they compute."""
+        if reply in self.checked:
+            return self.checked[reply]
         upload = Upload.from_message(reply)
         self.server.check_header(upload, self.round_num, "weights")
         if (family := upload.header.family) not in self.server.client_families:
             raise PayloadError(f"no client is of family {family!r}")
         self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
-        if reply not in self.tried:  # our loop checks a reply before it aggregates it
-            self.server.try_out(family, self.state(upload))
-            self.tried.add(reply)
+        self.server.try_out(family, self.state(upload))
+        self.checked[reply] = upload
         return upload
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
