@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedssl.models import Model, calibrate_batch_norm, feature_dim
 SIZE = 32  # pixels
 PAIRS = 15
 UNTIMED = 1  # pairs before them
+HALF_PAIRS = 5  # of full precision and bfloat16
 BARS = ((10e6, 0.90), (0.0, 0.75))  # (operations a view from which it holds, share of the bare loop)
 LARGE = 100e6  # operations a view from which an epoch has fewer and smaller batches: one takes seconds
 EPOCHS = {False: (16, 64), True: (4, 32)}  # large? -> steps, images a step
@@ -131,12 +132,17 @@ def train() -> Result:
         limit = next(limit for least, limit in BARS if cost >= least)
         bars.append(judge(f"train.{family}", shares, limit, "higher"))
         images = len(one.images)
+        half = replace(one, amp=not one.amp)
+        half.ours()
+        others = [(one.ours(), half.ours()) for _ in range(HALF_PAIRS)]
+        faster = [a / b if half.amp else b / a for a, b in others]
         families[family] = {
             "mflop_a_view": cost / 1e6,
             "images": images,
             "batch_size": one.batch_size,
             "bare_s": [bare for bare, _ in pairs],
             "ours_s": [ours for _, ours in pairs],
+            "bfloat16_times_faster": median_interval(faster),
             "images_per_s": median_interval([images / ours for _, ours in pairs]),
             "gflop_per_s": median_interval([6 * images * cost / ours / 1e9 for _, ours in pairs])[0],
         }
