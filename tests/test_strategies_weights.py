@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation import simulation
+from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Header, Upload, family_state, model_state, to_arrays
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
 from fedssl.federation.store import ClientStore
+from fedssl.federation.weights import has_grown, largest_entries, mean_weights
 from fedssl.models import Model
 from strategies.fedavg import FedAvg
 from strategies.fedema import SCALE, FedEMAClient, encoder_distance
@@ -594,3 +596,28 @@ def test_notes_name_the_families_that_learn_nothing_or_alone() -> None:
 def test_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         simulation.run(small(tmp_path / "run", *override.split()))
+
+
+@pytest.mark.parametrize(("value", "grown"), [(4.9, False), (-4.9, False), (5.1, True), (-5.1, True)])
+def test_a_weight_that_has_grown_tenfold_is_tried_out(value: float, grown: bool) -> None:
+    before = largest_entries(to_record({"f/w": np.array([0.1, -0.5]), "f/bias": np.zeros(2)}))
+    assert before == {"f/w": 0.5, "f/bias": 0.0}
+    arrays = {"f/w": np.array([0.0, value]), "f/bias": np.array([9.0, 0.0]), "f/none": np.zeros(0)}
+    assert has_grown(arrays, before) == grown
+    assert has_grown({**arrays, "f/bias": np.array([0.0, 11.0])}, before)
+    assert has_grown({"f/centroids": np.array([1e9])}, before) is False
+
+
+def test_mean_weights_by_hand() -> None:
+    """In double precision and in order, scalars and what is not contiguous too."""
+    rng = np.random.default_rng(0)
+    states = [
+        {"f/w": rng.normal(size=(3, 4)).astype(np.float32).T, "f/s": np.float32(i) * np.ones(())} for i in range(3)
+    ]
+    shares = [3, 1, 2]
+    mean = mean_weights(states, shares)
+    assert list(mean) == ["w", "s"]
+    expected = sum(share * state["f/w"].astype(np.float64) for share, state in zip(shares, states, strict=True)) / 6
+    assert np.array_equal(mean["w"].numpy(), np.asarray(expected).astype(np.float32))
+    assert mean["s"].shape == ()
+    assert float(mean["s"]) == np.float32((0 * 3 + 1 + 2 * 2) / 6)

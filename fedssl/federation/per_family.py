@@ -16,7 +16,7 @@ from fedssl.federation.arrays import read_array
 from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, check_finite, read_uploads
-from fedssl.federation.weights import check_fit, check_values, check_weights
+from fedssl.federation.weights import check_fit, check_values, check_weights, has_grown, largest_entries
 from fedssl.models import Model
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class WeightUploads(GlobalModels):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
+        self._largest_of: tuple[ArrayRecord | None, dict[str, dict[str, float]]] = (None, {})
         self.checked: WeakKeyDictionary[Message, Upload] = WeakKeyDictionary()  # our loop checks before it aggregates
 
     def configure_train(
@@ -49,9 +50,19 @@ class WeightUploads(GlobalModels):
             raise PayloadError(f"no client is of family {family!r}")
         self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
-        self.server.try_out(family, self.state(upload))
+        if has_grown(upload.arrays, self._largest(family)):
+            self.server.try_out(family, self.state(upload))
         self.checked[reply] = upload
         return upload
+
+    def _largest(self, family: str) -> Mapping[str, float]:
+        """`largest_entries` of the family's broadcast weights, worked out once a round."""
+        if self._largest_of[0] is not self.arrays:
+            self._largest_of = self.arrays, {}
+        known = self._largest_of[1]
+        if family not in known:
+            known[family] = largest_entries(family_arrays(self.arrays, family))
+        return known[family]
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
         """Raise `PayloadError` unless these are weights of `family`."""

@@ -8,8 +8,10 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedssl.errors import PayloadError
+from fedssl.federation.arrays import read_array
 
 LARGEST = 1e10  # of a trained weight, so that a mean of them is finite; batch norm's averages follow what they get
+GROWTH = 10.0  # of a weight's largest entry in one client's training: up to here nobody doubts that a network works
 
 
 def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
@@ -50,6 +52,26 @@ def check_values(arrays: Mapping[str, np.ndarray]) -> None:
             raise PayloadError(f"weight {name!r} holds the negative variance {value.min():.3g}")
 
 
+def largest_entries(arrays: ArrayRecord) -> dict[str, float]:
+    """The largest absolute entry of each."""
+    return {name: float(np.abs(read_array(name, array)).max(initial=0.0)) for name, array in arrays.items()}
+
+
+def has_grown(arrays: Mapping[str, np.ndarray], before: Mapping[str, float]) -> bool:
+    """Whether an entry is beyond `GROWTH` times the largest before, or beyond `GROWTH` where all were 0.
+
+    If none is, no sum of products in a network that worked before comes near to float32's range of 1e38.
+
+    Args:
+        arrays: what a client sent, by `<family>/<parameter>`; what is not in `before` is not looked at.
+        before: `largest_entries` of what it was sent.
+    """
+    return any(
+        name in before and value.size and np.abs(value).max() > GROWTH * (before[name] or 1.0)
+        for name, value in arrays.items()
+    )
+
+
 def mean_weights(states: Sequence[Mapping[str, np.ndarray]], shares: Sequence[float]) -> dict[str, Tensor]:
     """The weighted mean of one family's weights, by parameter name, summed in double precision and in this order.
 
@@ -58,9 +80,9 @@ def mean_weights(states: Sequence[Mapping[str, np.ndarray]], shares: Sequence[fl
         shares: each state's weight, > 0; they need not sum to 1.
     """
     mean = {}
-    for name in states[0]:
-        values = [torch.from_numpy(state[name].astype(np.float64)) for state in states]
-        total = sum(share * value for share, value in zip(shares, values, strict=True))
-        assert isinstance(total, Tensor)
-        mean[name.split("/", 1)[1]] = (total / sum(shares)).float()
+    for name, first in states[0].items():
+        total, scaled = np.zeros(first.shape), np.empty(first.shape)
+        for share, state in zip(shares, states, strict=True):
+            total += np.multiply(state[name], share, out=scaled, dtype=np.float64)
+        mean[name.split("/", 1)[1]] = torch.from_numpy(np.asarray(total / sum(shares))).float()
     return mean
