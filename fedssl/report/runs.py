@@ -31,6 +31,7 @@ RAW_PIXELS = "raw_pixels"  # the control's name where a family's would stand
 # Settings of no consequence: where files lie, and how long a run may take.
 INERT = (
     "seed", "run_dir", "resume", "replay", "max_seconds", "hydra", "client.store", "federation.keep_checkpoints",
+    "federation.keep_replies_after",
     "data.root", "data.download", "evaluate.root",
 )  # fmt: skip
 # Settings that say where or when a run happened, not what was run: they never tell two runs apart.
