@@ -200,6 +200,9 @@ def settings(**changes: object) -> Ray:
         ({}, [{"CPU": 2.0}], 5, 4, "auto", (1, 0, 0)),  # too many threads for the machine: one worker all the same
         ({"workers": 3}, [{"CPU": 2.0}], 5, 1, "auto", (3, 0, 0)),
         ({"address": "auto"}, [{"CPU": 3.0}, {"CPU": 3.0}], 100, 2, "cpu", (2, 2, 0)),  # one per machine, not three
+        ({"address": "auto", "workers": 2}, [{"CPU": 1.0}, {"CPU": 1.0}], 9, 1, "cpu", (2, 1, 0)),
+        ({"address": "auto", "workers": 3}, [{"CPU": 1.0}, {"CPU": 1.0}], 9, 1, "cpu", (3, 0, 0)),  # no room to claim
+        ({"address": "auto"}, [{"CPU": 2.0}, {"CPU": 2.0}], 9, 4, "cpu", (1, 0, 0)),
         ({}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "cpu", (8, 0, 0)),
         ({}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "auto", (4, 0, 1)),
         ({"clients_per_gpu": 2}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "cuda", (8, 0, 0.5)),

@@ -14,6 +14,7 @@ import gc
 import logging
 import math
 import os
+import re
 import sys
 import time
 import weakref
@@ -32,7 +33,11 @@ from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.grids.base import App, GridEvent, LocalGrid, answer, node_config
 
+log = logging.getLogger(__name__)
+
 BROADCAST_BYTES = 1 << 16  # records from this size on go through the object store once, not with every message
+ANSWER_SECONDS = 5.0  # a cluster that has not answered by then is not there
+START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
 BATCHES_PER_WORKER = 4  # a worker takes a quarter of its share of the queue at once, so that all end together,
 SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs about 1 ms
@@ -77,6 +82,11 @@ class Ray:
             )
         if self.gpus is not None and self.gpus < 0:
             raise ConfigError(f"grid.gpus must be at least 0 or null (all that Ray finds), got {self.gpus}.")
+        if self.address not in (None, "auto") and not re.fullmatch(r"[^\s/]+:\d+", self.address):
+            raise ConfigError(
+                f"grid.address must be auto or host:port of a running Ray cluster (`ray start --head` prints it), or "
+                f"null for a fresh Ray on this machine, got {self.address!r}."
+            )
         if self.max_retries < 0:
             raise ConfigError(f"grid.max_retries must be at least 0, got {self.max_retries}.")
         if self.batch_seconds < 0:
@@ -111,11 +121,11 @@ class Ray:
             share = math.floor(1e4 / sharing) / 1e4  # Ray counts in steps of 1e-4; 1/k must not round up
             workers = gpus * sharing if self.workers is None else min(self.workers, gpus * sharing)
             return Placement(workers=workers, num_cpus=0, num_gpus=share)
-        if self.workers is not None:
-            return Placement(workers=min(self.workers, num_clients), num_cpus=0, num_gpus=0)
-        fit = max(1, sum(int(node.get("CPU", 0)) // threads for node in nodes))
-        # On our own Ray nothing competes for the cores, on a cluster the claim also spreads the actors.
-        return Placement(workers=min(fit, num_clients), num_cpus=0 if self.address is None else threads, num_gpus=0)
+        fit = sum(int(node.get("CPU", 0)) // threads for node in nodes)
+        workers = min(max(1, fit) if self.workers is None else self.workers, num_clients)
+        # On our own Ray nothing competes for the cores; on a cluster a claim that no node can meet would wait forever.
+        claim = threads if self.address is not None and workers <= fit else 0
+        return Placement(workers=workers, num_cpus=claim, num_gpus=0)
 
 
 # --- Ray itself ------------------------------------------------------------------------------------------------------
@@ -155,10 +165,44 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
                 logging_level=logging.ERROR,
             )
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(ray, address)
     ray._private.worker._worker_logs_enabled = False  # a worker's death is an event of the grid, not a print
     _started = (address, gpus)
     return ray
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a running cluster.
+
+    Left alone with an address where nobody answers, Ray tries for 70 s and then ends the process.
+
+    Raises:
+        ConfigError: there is none, or this process cannot join it.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    advice = (
+        "Start one with `ray start --head`, which prints its address, join this machine to it with `ray start "
+        "--address=...`, or leave grid.address null for a fresh Ray on this machine."
+    )
+    try:
+        found = canonicalize_bootstrap_address_or_die(address)
+        channel = init_grpc_channel(found, [("grpc.enable_http_proxy", 0)])
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        finally:
+            channel.close()
+    except (OSError, grpc.FutureTimeoutError) as error:
+        why = f" within {ANSWER_SECONDS:g} s" if isinstance(error, grpc.FutureTimeoutError) else ""
+        raise ConfigError(f"grid.address={address}, but no Ray cluster answers there{why}. {advice}") from error
+    try:
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError) as error:  # not a cluster, another version of Ray or Python, a machine outside it
+        raise ConfigError(
+            f"grid.address={address} answers, but this process cannot join it: {error.__cause__ or error}. {advice}"
+        ) from error
 
 
 def start_own_ray(gpus: int | None) -> Any:
@@ -327,7 +371,11 @@ class RayGrid(LocalGrid):
         self._settings = settings
         self.placement = placement
         actor_class = ray.remote(_Worker).options(
-            num_cpus=placement.num_cpus, num_gpus=placement.num_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="DEFAULT" if settings.address is None else "SPREAD",  # over the nodes
         )
         surroundings = Surroundings.of_this_process(see_gpus=placement.num_gpus > 0)
         self._new_actor = partial(actor_class.remote, surroundings, num_clients, threads)
@@ -341,6 +389,7 @@ class RayGrid(LocalGrid):
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
         self._next_key = 0
         self._failed_starts = 0
+        self._last_seen = time.monotonic()  # a worker that had started
         self._closed = False
         self._slots = [self._start_worker() for _ in range(placement.workers)]
         open_grids.add(self)
@@ -403,6 +452,7 @@ class RayGrid(LocalGrid):
             wait = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             self._collect(wait)
             self._dispatch()
+            self._name_a_full_cluster()
             ready = [i for i in message_ids if i in self._replies]
         return {i: self._replies.pop(i) for i in ready}
 
@@ -477,6 +527,21 @@ class RayGrid(LocalGrid):
                 self._lost(number, error)
             else:
                 self._finished(slot, value)
+
+    def _name_a_full_cluster(self) -> None:
+        """Warn, once, where no node has room for any worker: Ray waits for one without a word."""
+        now = time.monotonic()
+        if self._settings.address is None or any(slot.loaded for slot in self._slots):
+            self._last_seen = now
+        elif now - self._last_seen > START_SECONDS:
+            self._last_seen = math.inf
+            log.warning(
+                "no worker runs on the cluster grid.address=%s: each asks Ray for %g CPUs and %g GPUs, and it may be "
+                "that no node has them free (`ray status` shows it). Waiting for one.",
+                self._settings.address,
+                self.placement.num_cpus,
+                self.placement.num_gpus,
+            )
 
     def _finished(self, slot: _Slot, value: Any) -> None:
         if not slot.loaded:
