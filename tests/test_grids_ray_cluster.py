@@ -57,7 +57,16 @@ def second(cluster: Any) -> Iterator[Any]:
 
 
 def settings(cluster: Any, workers: int | None = None) -> Ray:
-    return Ray(workers=workers, clients_per_gpu=1, gpus=None, address=cluster.address, max_retries=1, batch_seconds=0.1)
+    return Ray(
+        workers=workers,
+        clients_per_gpu=1,
+        max_clients_per_gpu=8,
+        gpu_memory_share=0.9,
+        gpus=None,
+        address=cluster.address,
+        max_retries=1,
+        batch_seconds=0.1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +182,16 @@ def test_an_address_without_a_cluster_is_refused(mute: str) -> None:
 @pytest.mark.parametrize("address", ["6379", "ray://127.0.0.1:10001", "local", ""])
 def test_an_address_of_another_kind_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"grid\.address must be auto or host:port .*, or null"):
-        Ray(workers=None, clients_per_gpu=1, gpus=None, address=address, max_retries=1, batch_seconds=0.1)
+        Ray(
+            workers=None,
+            clients_per_gpu=1,
+            max_clients_per_gpu=8,
+            gpu_memory_share=0.9,
+            gpus=None,
+            address=address,
+            max_retries=1,
+            batch_seconds=0.1,
+        )
 
 
 def test_the_command_ends_with_code_2(tmp_path: Path) -> None:
