@@ -161,6 +161,7 @@ def test_a_run_on_a_cluster_is_the_run_in_process(cluster: Any, second: Any, tmp
     assert [(failure["partition"], failure["kind"]) for failure in first["failures"]] == (
         [(unlucky, "worker_died")] if kill else []
     )
+    assert all("died: its node has died" in failure["reason"] for failure in first["failures"])
 
 
 # --- addresses that do not work --------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_a_run_on_a_cluster_is_the_run_in_process(cluster: Any, second: Any, tmp
 def mute() -> Iterator[str]:
     """A port that is open, and nobody speaks."""
     with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
+        server.bind(("", 0))  # Ray takes 127.0.0.1 for the address that others see
         server.listen()
         yield f"127.0.0.1:{server.getsockname()[1]}"
 

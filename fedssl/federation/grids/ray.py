@@ -275,8 +275,9 @@ def _join(ray: Any, address: str) -> None:
     try:
         ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError) as error:  # not a cluster, another version of Ray or Python, a machine outside it
+        why = str(error.__cause__ or error).partition(" Last connection error")[0].strip().removesuffix(".")
         raise ConfigError(
-            f"grid.address={address} answers, but this process cannot join it: {error.__cause__ or error}. {advice}"
+            f"grid.address={address} answers, but this process cannot join it: {why}. {advice}"
         ) from error
 
 
@@ -686,7 +687,7 @@ def _is_large(record: flower_compat.Record) -> bool:
 def _why(error: Exception) -> str:
     """The part of Ray's long message that says how the worker ended."""
     text = " ".join(str(error).split())
-    detail = text.partition("Worker exit detail: ")[2] or text
+    detail = text.partition("Worker exit detail: ")[2] or text.partition("The actor died because ")[2] or text
     for advice in (" There are some potential", " Some common causes"):
         detail = detail.partition(advice)[0]
     return detail[:300] or type(error).__name__
