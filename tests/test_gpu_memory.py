@@ -38,6 +38,29 @@ def test_two_steps_of_the_runs_batch_size_are_trained(monkeypatch: pytest.Monkey
     assert seen == [(8, 8, 2.0, "Conv4"), (8, 8, 2.0, "Conv4"), (8, 8, 2.0, "Tiny")]
 
 
+def test_a_peak_is_what_torch_reserved_and_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In MB: of 80000 another process has 10000, a context takes 500, libraries 200 more."""
+    held = {"context": 500, "reserved": 0, "peak": 0}
+
+    def trained(setup: Setup, build_model: Any, family: str) -> None:
+        held.update(context=700, reserved=2000, peak=3000 if family == "tiny" else 2000)
+
+    fakes: dict[str, Any] = {
+        "mem_get_info": lambda: (80_000 - 10_000 - held["context"] - held["reserved"], 80_000),
+        "memory_reserved": lambda: held["reserved"],
+        "max_memory_reserved": lambda: held["peak"],
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(gpu_memory, "_free_beside_another_process", lambda: 80_000 - 10_000 - 2 * 500)
+    monkeypatch.setattr(gpu_memory, "_train_a_batch", trained)
+    monkeypatch.setattr(Setup, "device", torch.device("cuda"))
+    setup = Setup(small(None))
+    assert measure(setup, setup.build_model) == {"free": 70_000, "conv4_4": 2700, "conv4_2": 2700, "tiny": 3700}
+
+
 def test_the_manifest_holds_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"clients_per_gpu": 3, "free_bytes": 10e9, "peak_bytes": {"tiny": 3e9}}
     monkeypatch.setattr(InProcessGrid, "gpu_memory", measured, raising=False)
