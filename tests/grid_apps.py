@@ -95,3 +95,15 @@ def private_bytes() -> int:
 def refuses_to_load() -> Callable[[Message, Context], Message]:
     """An app whose loading fails."""
     raise RuntimeError("no such data set")
+
+
+def takes_gpu_memory() -> ClientApp:
+    """An app that says what it takes of a GPU, which need not be there."""
+    app = ClientApp()
+
+    @app.query("gpu_memory")
+    def gpu_memory(message: Message, context: Context) -> Message:
+        record = MetricRecord({"free": int(10e9), "small": int(1e9), "large": int(3e9)})
+        return Message(RecordDict({"gpu_memory": record}), reply_to=message)
+
+    return app

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedssl.errors import ConfigError
 from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcess, InProcessGrid
-from fedssl.federation.grids.ray import Placement, Ray
+from fedssl.federation.grids.ray import Placement, Ray, fitting
 from tests import grid_apps
 
 NUM_CLIENTS = 10
@@ -183,6 +183,8 @@ def settings(**changes: object) -> Ray:
     values: dict[str, object] = {
         "workers": None,
         "clients_per_gpu": 1,
+        "max_clients_per_gpu": 8,
+        "gpu_memory_share": 0.9,
         "gpus": None,
         "address": None,
         "max_retries": 2,
@@ -200,6 +202,9 @@ def settings(**changes: object) -> Ray:
         ({}, [{"CPU": 2.0}], 5, 4, "auto", (1, 0, 0)),  # too many threads for the machine: one worker all the same
         ({"workers": 3}, [{"CPU": 2.0}], 5, 1, "auto", (3, 0, 0)),
         ({"address": "auto"}, [{"CPU": 3.0}, {"CPU": 3.0}], 100, 2, "cpu", (2, 2, 0)),  # one per machine, not three
+        ({"address": "auto", "workers": 2}, [{"CPU": 1.0}, {"CPU": 1.0}], 9, 1, "cpu", (2, 1, 0)),
+        ({"address": "auto", "workers": 3}, [{"CPU": 1.0}, {"CPU": 1.0}], 9, 1, "cpu", (3, 0, 0)),  # no room to claim
+        ({"address": "auto"}, [{"CPU": 2.0}, {"CPU": 2.0}], 9, 4, "cpu", (1, 0, 0)),
         ({}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "cpu", (8, 0, 0)),
         ({}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "auto", (4, 0, 1)),
         ({"clients_per_gpu": 2}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "cuda", (8, 0, 0.5)),
@@ -222,6 +227,20 @@ def test_placement(
     assert placed == Placement(workers=workers, num_cpus=num_cpus, num_gpus=num_gpus)
 
 
+@pytest.mark.parametrize(
+    ("free", "peak", "share", "most", "expected"),
+    [
+        (10, 3, 1.0, 8, 3),
+        (10, 2.5, 1.0, 8, 4),  # to the last byte
+        (10, 2.5, 0.99, 8, 3),
+        (10, 1, 0.9, 8, 8),
+        (10, 11, 0.9, 8, 1),  # it was measured, so one does run
+    ],
+)
+def test_as_many_fit_as_their_memory_does(free: float, peak: float, share: float, most: int, expected: int) -> None:
+    assert fitting(1e9 * free, 1e9 * peak, share=share, most=most) == expected
+
+
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="device=cuda, but Ray finds no GPU"):
         settings().place([{"CPU": 8.0}], num_clients=4, threads=1, device="cuda")
@@ -233,6 +252,13 @@ def test_cuda_without_a_gpu_is_refused() -> None:
         ({"workers": 0}, "grid.workers must be at least 1"),
         ({"clients_per_gpu": 0}, "grid.clients_per_gpu must be a whole number of at least 1, got 0"),
         ({"clients_per_gpu": -2}, "grid.clients_per_gpu must be a whole number"),
+        (
+            {"clients_per_gpu": "many"},
+            "grid.clients_per_gpu must be a whole number of at least 1, got many: .*also be auto",
+        ),
+        ({"max_clients_per_gpu": 0}, "grid.max_clients_per_gpu must be at least 1, got 0"),
+        ({"gpu_memory_share": 0.0}, "grid.gpu_memory_share is a share .* above 0 and at most 1, got 0"),
+        ({"gpu_memory_share": 1.1}, "grid.gpu_memory_share is a share"),
         ({"gpus": -1}, "grid.gpus must be at least 0"),
         ({"max_retries": -1}, "grid.max_retries must be at least 0"),
         ({"batch_seconds": -0.1}, "grid.batch_seconds must be at least 0"),

@@ -7,15 +7,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedssl.errors import ConfigError
-from fedssl.federation.grids.ray import Ray, RayGrid, open_grids
+from fedssl.federation.grids.ray import Placement, Ray, RayGrid, open_grids
+from fedssl.federation.simulation import load_client_app
 from tests import grid_apps
+from tests.federation_helpers import small
 from tests.test_grids import messages, plain_fedavg, stock_fedavg
 
 pytestmark = [
@@ -24,7 +29,16 @@ pytestmark = [
 ]
 
 NUM_CLIENTS = 12
-SETTINGS = Ray(workers=2, clients_per_gpu=2, gpus=2, address=None, max_retries=1, batch_seconds=0.1)
+SETTINGS = Ray(
+    workers=2,
+    clients_per_gpu=2,
+    max_clients_per_gpu=8,
+    gpu_memory_share=0.9,
+    gpus=2,
+    address=None,
+    max_retries=1,
+    batch_seconds=0.1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +203,16 @@ def test_memory_does_not_grow_over_rounds(grid: RayGrid) -> None:
 
 def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:
     """Two declared GPUs, two workers on each; every worker sees one GPU."""
-    settings = Ray(workers=None, clients_per_gpu=2, gpus=2, address=None, max_retries=1, batch_seconds=0.0)
+    settings = Ray(
+        workers=None,
+        clients_per_gpu=2,
+        max_clients_per_gpu=8,
+        gpu_memory_share=0.9,
+        gpus=2,
+        address=None,
+        max_retries=1,
+        batch_seconds=0.0,
+    )
     with settings.open(grid_apps.Behaviour, num_clients=4, threads=1, device="auto") as gpu_grid:
         assert gpu_grid.placement.num_gpus == 0.5
         wait_for_workers(gpu_grid)
@@ -198,6 +221,59 @@ def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:
         assert Counter(devices.values()) == {"0": 2, "1": 2}
         two = gpu_grid.send_and_receive(messages(gpu_grid, [0, 1], "sleep", seconds=0.5))
         assert set(facts(two, "cuda")) == {"0", "1"}  # and two clients do not share one while the other idles
+
+
+def sharing(clients_per_gpu: int | str, **changes: Any) -> Ray:
+    return replace(SETTINGS, workers=None, clients_per_gpu=clients_per_gpu, **changes)
+
+
+def test_auto_places_as_many_as_fit_by_the_largest_peak(grid: RayGrid) -> None:
+    """10 GB are free, the larger family takes 3: three on each of two GPUs; two are enough for four clients."""
+    for num_clients, share, limit, expected in ((12, 0.9, 2, 2), (4, 0.9, 8, 2), (12, 0.5, 8, 1)):
+        settings = sharing("auto", max_clients_per_gpu=limit, gpu_memory_share=share)
+        opened = settings.open(grid_apps.takes_gpu_memory, num_clients=num_clients, threads=1, device="auto")
+        with opened as gpu_grid:
+            assert gpu_grid.placement == Placement(workers=2 * expected, num_cpus=0, num_gpus=1 / expected)
+            if num_clients == 4:
+                wait_for_workers(gpu_grid)
+                assert set(Counter(slot.device for slot in gpu_grid._slots).values()) == {2}
+                assert gpu_grid.gpu_memory == {
+                    "clients_per_gpu": 3,
+                    "free_bytes": 10e9,
+                    "peak_bytes": {"small": 1e9, "large": 3e9},
+                }
+
+
+@pytest.mark.parametrize(("number", "fits"), [(3, True), (4, False)])
+def test_a_number_that_does_not_fit_is_warned_about(
+    number: int, fits: bool, grid: RayGrid, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = sharing(number).open(grid_apps.takes_gpu_memory, num_clients=12, threads=1, device="auto")
+    with opened as gpu_grid:
+        assert gpu_grid.placement.workers == 2 * number
+    assert bool(caplog.messages) is not fits
+    if not fits:
+        assert caplog.messages == [
+            "grid.clients_per_gpu=4 may not fit: of 10.00 GB free, a worker takes small 1.00 GB, large 3.00 GB, and "
+            "grid.gpu_memory_share=0.9 of that holds 3. Use grid.clients_per_gpu=3 or auto, or lower client.batch_size."
+        ]
+
+
+def test_auto_without_a_figure_is_refused(grid: RayGrid) -> None:
+    """Our own app, on GPUs that are only declared."""
+    config = small(None, "device=auto")
+    load_app = partial(load_client_app, config, Path("nowhere"))
+    refusal = r"grid\.clients_per_gpu=auto could not measure .*ConfigError: torch sees no GPU in this worker"
+    with pytest.raises(ConfigError, match=refusal):
+        sharing("auto").open(load_app, num_clients=4, threads=1, device="auto")
+
+
+def test_auto_means_nothing_where_no_gpu_is_shared(grid: RayGrid) -> None:
+    """Neither the app nor its query is asked: this one does not know it."""
+    for device, num_clients, num_gpus in (("cpu", 4, 0), ("auto", 2, 1)):
+        with sharing("auto").open(grid_apps.Behaviour, num_clients=num_clients, threads=1, device=device) as opened:
+            assert opened.placement.num_gpus == num_gpus
+            assert opened.gpu_memory is None
 
 
 def test_a_failing_app_loader_ends_the_run_with_its_own_error(grid: RayGrid) -> None:
@@ -209,7 +285,16 @@ def test_a_failing_app_loader_ends_the_run_with_its_own_error(grid: RayGrid) -> 
 
 
 def test_another_ray_is_refused_while_grids_are_open(grid: RayGrid) -> None:
-    other = Ray(workers=1, clients_per_gpu=1, gpus=5, address=None, max_retries=1, batch_seconds=0.1)
+    other = Ray(
+        workers=1,
+        clients_per_gpu=1,
+        max_clients_per_gpu=8,
+        gpu_memory_share=0.9,
+        gpus=5,
+        address=None,
+        max_retries=1,
+        batch_seconds=0.1,
+    )
     with pytest.raises(ConfigError, match=r"already runs a Ray with grid\.address=None, grid\.gpus=2"):
         other.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu")
 
@@ -228,9 +313,13 @@ INTERRUPTED = """
 import sys
 from fedssl.federation.grids.ray import Ray
 from tests import grid_apps
+from tests.federation_helpers import small
 from tests.test_grids import messages
 
-settings = Ray(workers=2, clients_per_gpu=1, gpus=0, address=None, max_retries=1, batch_seconds=0.1)
+settings = Ray(
+    workers=2, clients_per_gpu=1, max_clients_per_gpu=8, gpu_memory_share=0.9, gpus=0, address=None, max_retries=1,
+    batch_seconds=0.1,
+)
 with settings.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu") as grid:
     print(*[reply.content["facts"]["pid"] for reply in grid.send_and_receive(messages(grid, [0, 1]))], flush=True)
     grid.send_and_receive(messages(grid, [0, 1], "sleep", seconds=600.0))

@@ -7,6 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation.client import Broadcast, Client, ClientUpdate
+from fedssl.federation.gpu_memory import measure
 from fedssl.federation.model_pool import ModelPool
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
@@ -93,5 +94,11 @@ def make_client_app(
             }
         )
         return Message(RecordDict({"info": record}), reply_to=message)
+
+    @app.query("gpu_memory")
+    def gpu_memory(message: Message, context: Context) -> Message:
+        pool.take_back()
+        record = MetricRecord(dict(measure(setup, pool)))
+        return Message(RecordDict({"gpu_memory": record}), reply_to=message)
 
     return app

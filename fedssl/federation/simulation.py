@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -261,6 +262,9 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
         device=config["device"],
     )
     with grid:
+        if measured := getattr(grid, "gpu_memory", None):
+            path = run_dir / "manifest.json"
+            write_json(path, {**json.loads(path.read_text()), "gpu_memory": measured})
         yield grid
 
 

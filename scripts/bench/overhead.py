@@ -60,7 +60,16 @@ def cost(grid: LocalGrid, num_messages: int, round_num: int) -> float:
 
 def overhead() -> Result:
     """Rounds of 10 to 10,000 messages, the grids in turn."""
-    ray = Ray(workers=None, clients_per_gpu=1, gpus=0, address=None, max_retries=2, batch_seconds=0.1)
+    ray = Ray(
+        workers=None,
+        clients_per_gpu=1,
+        max_clients_per_gpu=8,
+        gpu_memory_share=0.9,
+        gpus=0,
+        address=None,
+        max_retries=2,
+        batch_seconds=0.1,
+    )
     with (
         InProcess().open(no_op_app, num_clients=max(SIZES), threads=1, device="cpu") as in_process,
         ray.open(no_op_app, num_clients=max(SIZES), threads=1, device="cpu") as on_ray,

@@ -173,7 +173,16 @@ def as_vector(arrays: ArrayRecord) -> Tensor:
 
 
 def _ray(given: Namespace) -> Ray:
-    return Ray(workers=given.processes, clients_per_gpu=1, gpus=0, address=None, max_retries=2, batch_seconds=0.1)
+    return Ray(
+        workers=given.processes,
+        clients_per_gpu=1,
+        max_clients_per_gpu=8,
+        gpu_memory_share=0.9,
+        gpus=0,
+        address=None,
+        max_retries=2,
+        batch_seconds=0.1,
+    )
 
 
 def _flower(given: Namespace) -> FlowerSim:

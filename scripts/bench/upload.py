@@ -84,7 +84,16 @@ def ours() -> list[dict[str, float]]:
     from fedssl.federation.grids.ray import Ray
 
     matrix()
-    settings = Ray(workers=None, clients_per_gpu=1, gpus=0, address=None, max_retries=2, batch_seconds=0.1)
+    settings = Ray(
+        workers=None,
+        clients_per_gpu=1,
+        max_clients_per_gpu=8,
+        gpu_memory_share=0.9,
+        gpus=0,
+        address=None,
+        max_retries=2,
+        batch_seconds=0.1,
+    )
     with settings.open(our_app, num_clients=CLIENTS, threads=1, device="cpu") as grid:
         return rounds(grid, lambda array: read_array("s", array))
 

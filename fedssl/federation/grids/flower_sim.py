@@ -66,7 +66,7 @@ class FlowerSim:
 
     @property
     def _as_ray(self) -> our_ray.Ray:
-        return our_ray.Ray(**vars(self), address=None, batch_seconds=0.0)
+        return our_ray.Ray(**vars(self), max_clients_per_gpu=1, gpu_memory_share=1.0, address=None, batch_seconds=0.0)
 
     def open(self, load_app: Callable[[], App], *, num_clients: int, threads: int, device: str) -> "FlowerSimGrid":
         """Start Ray and the engine, and wait until all nodes are registered.

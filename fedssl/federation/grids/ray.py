@@ -14,25 +14,31 @@ import gc
 import logging
 import math
 import os
+import re
 import sys
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.grids.base import App, GridEvent, LocalGrid, answer, node_config
 
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
 BROADCAST_BYTES = 1 << 16  # records from this size on go through the object store once, not with every message
+ANSWER_SECONDS = 5.0  # a cluster that has not answered by then is not there
+START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
 BATCHES_PER_WORKER = 4  # a worker takes a quarter of its share of the queue at once, so that all end together,
 SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs about 1 ms
@@ -53,7 +59,10 @@ class Ray:
 
     Args:
         workers: actors; None: as many as fit (cores // threads, or gpus x clients_per_gpu), at most one a client.
-        clients_per_gpu: actors that share a GPU.
+        clients_per_gpu: actors that share a GPU; "auto": as many as fit by what one is measured to take (`fitting`). A
+            number above 1 that does not fit by that measure is warned about.
+        max_clients_per_gpu: the most that "auto" chooses.
+        gpu_memory_share: of a GPU's free memory, that its actors may take together.
         gpus: of this machine; None: what Ray finds. Does not apply to a cluster.
         address: of a running Ray cluster ("auto" for the one of this machine); None: a fresh Ray on this machine.
         max_retries: how often a message runs again after its worker died.
@@ -61,7 +70,9 @@ class Ray:
     """
 
     workers: int | None
-    clients_per_gpu: int
+    clients_per_gpu: int | str
+    max_clients_per_gpu: int
+    gpu_memory_share: float
     gpus: int | None
     address: str | None
     max_retries: int
@@ -70,13 +81,26 @@ class Ray:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"grid.workers must be at least 1 or null (as many as fit), got {self.workers}.")
-        if not float(self.clients_per_gpu).is_integer() or self.clients_per_gpu < 1:
+        number = 1 if self.clients_per_gpu == AUTO else self.clients_per_gpu
+        if isinstance(number, str) or not float(number).is_integer() or number < 1:
             raise ConfigError(
                 f"grid.clients_per_gpu must be a whole number of at least 1, got {self.clients_per_gpu}: Ray places "
-                f"only fractions 1/k of a GPU without leaving a worker pending."
+                f"only fractions 1/k of a GPU without leaving a worker pending. With grid=ray it may also be auto."
+            )
+        if self.max_clients_per_gpu < 1:
+            raise ConfigError(f"grid.max_clients_per_gpu must be at least 1, got {self.max_clients_per_gpu}.")
+        if not 0 < self.gpu_memory_share <= 1:
+            raise ConfigError(
+                f"grid.gpu_memory_share is a share of a GPU's free memory, above 0 and at most 1, got "
+                f"{self.gpu_memory_share}."
             )
         if self.gpus is not None and self.gpus < 0:
             raise ConfigError(f"grid.gpus must be at least 0 or null (all that Ray finds), got {self.gpus}.")
+        if self.address not in (None, "auto") and not re.fullmatch(r"[^\s/]+:\d+", self.address):
+            raise ConfigError(
+                f"grid.address must be auto or host:port of a running Ray cluster (`ray start --head` prints it), or "
+                f"null for a fresh Ray on this machine, got {self.address!r}."
+            )
         if self.max_retries < 0:
             raise ConfigError(f"grid.max_retries must be at least 0, got {self.max_retries}.")
         if self.batch_seconds < 0:
@@ -93,8 +117,57 @@ class Ray:
         """
         ray = start_ray(self.address, self.gpus)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        placement = self.place(nodes, num_clients=num_clients, threads=threads, device=device)
-        return RayGrid(self, load_app, num_clients=num_clients, threads=threads, placement=placement)
+        settings, measured = self, None
+        gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
+        if gpus and self.clients_per_gpu != 1:
+            settings, measured = self._sized(load_app, num_clients=num_clients, threads=threads, gpus=gpus)
+        placement = settings.place(nodes, num_clients=num_clients, threads=threads, device=device)
+        grid = RayGrid(settings, load_app, num_clients=num_clients, threads=threads, placement=placement)
+        grid.gpu_memory = measured
+        return grid
+
+    def _sized(
+        self, load_app: Callable[[], App], *, num_clients: int, threads: int, gpus: int
+    ) -> tuple["Ray", dict[str, Any] | None]:
+        """With "auto", these settings with the number that fits; else these, and a warning where theirs does not.
+
+        One worker that has a GPU to itself answers the query `gpu_memory` (`fedssl.federation.gpu_memory`). All GPUs
+        are taken to be like that one.
+
+        Returns:
+            Settings, and what was measured: None where every client has a GPU to itself.
+        """
+        auto = self.clients_per_gpu == AUTO
+        if num_clients <= gpus:
+            return replace(self, clients_per_gpu=1), None
+        alone = Placement(workers=1, num_cpus=0, num_gpus=1)
+        with RayGrid(self, load_app, num_clients=num_clients, threads=threads, placement=alone) as grid:
+            question = RecordDict({"config": ConfigRecord()})
+            (reply,) = grid.send_and_receive([Message(question, grid.get_node_ids()[0], "query.gpu_memory")])
+        if reply.has_error():
+            if not auto:
+                log.warning("grid.clients_per_gpu=%s was not checked: %s", self.clients_per_gpu, reply.error.reason)
+                return self, None
+            raise ConfigError(
+                f"grid.clients_per_gpu=auto could not measure what a client takes of a GPU: {reply.error.reason}\nGive "
+                f"grid.clients_per_gpu a number. Where not even one client fits, lower client.batch_size or choose "
+                f"smaller federation.families."
+            )
+        peaks = {name: float(value) for name, value in reply.content.metric_records["gpu_memory"].items()}  # type: ignore[arg-type]
+        free = peaks.pop("free")
+        most = self.max_clients_per_gpu if auto else int(self.clients_per_gpu)
+        fit = fitting(free, max(peaks.values()), share=self.gpu_memory_share, most=most)
+        settings = replace(self, clients_per_gpu=fit) if auto else self
+        figures = ", ".join(f"{family} {peak / 1e9:.2f} GB" for family, peak in peaks.items())
+        figures = f"of {free / 1e9:.2f} GB free, a worker takes {figures}"
+        log.info("grid.clients_per_gpu=%s: %s", settings.clients_per_gpu, figures)
+        if fit < most and not auto:
+            log.warning(
+                "grid.clients_per_gpu=%d may not fit: %s, and grid.gpu_memory_share=%g of that holds %d. Use "
+                "grid.clients_per_gpu=%d or auto, or lower client.batch_size.",
+                *(most, figures, self.gpu_memory_share, fit, fit),
+            )
+        return settings, {"clients_per_gpu": settings.clients_per_gpu, "free_bytes": free, "peak_bytes": peaks}
 
     def place(self, nodes: Sequence[Mapping[str, float]], *, num_clients: int, threads: int, device: str) -> Placement:
         """The placement on machines with these resources ("CPU", "GPU").
@@ -111,11 +184,23 @@ class Ray:
             share = math.floor(1e4 / sharing) / 1e4  # Ray counts in steps of 1e-4; 1/k must not round up
             workers = gpus * sharing if self.workers is None else min(self.workers, gpus * sharing)
             return Placement(workers=workers, num_cpus=0, num_gpus=share)
-        if self.workers is not None:
-            return Placement(workers=min(self.workers, num_clients), num_cpus=0, num_gpus=0)
-        fit = max(1, sum(int(node.get("CPU", 0)) // threads for node in nodes))
-        # On our own Ray nothing competes for the cores, on a cluster the claim also spreads the actors.
-        return Placement(workers=min(fit, num_clients), num_cpus=0 if self.address is None else threads, num_gpus=0)
+        fit = sum(int(node.get("CPU", 0)) // threads for node in nodes)
+        workers = min(max(1, fit) if self.workers is None else self.workers, num_clients)
+        # On our own Ray nothing competes for the cores; on a cluster a claim that no node can meet would wait forever.
+        claim = threads if self.address is not None and workers <= fit else 0
+        return Placement(workers=workers, num_cpus=claim, num_gpus=0)
+
+
+def fitting(free: float, peak: float, *, share: float, most: int) -> int:
+    """How many workers fit on a GPU by memory: at least 1, at most `most`.
+
+    Args:
+        free: bytes.
+        peak: bytes that one takes, > 0.
+        share: of the free bytes, that they may take together.
+        most: the limit.
+    """
+    return max(1, min(most, math.floor(share * free / peak)))
 
 
 # --- Ray itself ------------------------------------------------------------------------------------------------------
@@ -155,10 +240,45 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
                 logging_level=logging.ERROR,
             )
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(ray, address)
     ray._private.worker._worker_logs_enabled = False  # a worker's death is an event of the grid, not a print
     _started = (address, gpus)
     return ray
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a running cluster.
+
+    Left alone with an address where nobody answers, Ray tries for 70 s and then ends the process.
+
+    Raises:
+        ConfigError: there is none, or this process cannot join it.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    advice = (
+        "Start one with `ray start --head`, which prints its address, join this machine to it with `ray start "
+        "--address=...`, or leave grid.address null for a fresh Ray on this machine."
+    )
+    try:
+        found = canonicalize_bootstrap_address_or_die(address)
+        channel = init_grpc_channel(found, [("grpc.enable_http_proxy", 0)])
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        finally:
+            channel.close()
+    except (OSError, grpc.FutureTimeoutError) as error:
+        why = f" within {ANSWER_SECONDS:g} s" if isinstance(error, grpc.FutureTimeoutError) else ""
+        raise ConfigError(f"grid.address={address}, but no Ray cluster answers there{why}. {advice}") from error
+    try:
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError) as error:  # not a cluster, another version of Ray or Python, a machine outside it
+        why = str(error.__cause__ or error).partition(" Last connection error")[0].strip().removesuffix(".")
+        raise ConfigError(
+            f"grid.address={address} answers, but this process cannot join it: {why}. {advice}"
+        ) from error
 
 
 def start_own_ray(gpus: int | None) -> Any:
@@ -326,8 +446,13 @@ class RayGrid(LocalGrid):
         self._ray = ray
         self._settings = settings
         self.placement = placement
+        self.gpu_memory: dict[str, Any] | None = None  # what `clients_per_gpu` was measured by, for the manifest
         actor_class = ray.remote(_Worker).options(
-            num_cpus=placement.num_cpus, num_gpus=placement.num_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="DEFAULT" if settings.address is None else "SPREAD",  # over the nodes
         )
         surroundings = Surroundings.of_this_process(see_gpus=placement.num_gpus > 0)
         self._new_actor = partial(actor_class.remote, surroundings, num_clients, threads)
@@ -341,6 +466,7 @@ class RayGrid(LocalGrid):
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
         self._next_key = 0
         self._failed_starts = 0
+        self._last_seen = time.monotonic()  # a worker that had started
         self._closed = False
         self._slots = [self._start_worker() for _ in range(placement.workers)]
         open_grids.add(self)
@@ -403,6 +529,7 @@ class RayGrid(LocalGrid):
             wait = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             self._collect(wait)
             self._dispatch()
+            self._name_a_full_cluster()
             ready = [i for i in message_ids if i in self._replies]
         return {i: self._replies.pop(i) for i in ready}
 
@@ -478,6 +605,21 @@ class RayGrid(LocalGrid):
             else:
                 self._finished(slot, value)
 
+    def _name_a_full_cluster(self) -> None:
+        """Warn, once, where no node has room for any worker: Ray waits for one without a word."""
+        now = time.monotonic()
+        if self._settings.address is None or any(slot.loaded for slot in self._slots):
+            self._last_seen = now
+        elif now - self._last_seen > START_SECONDS:
+            self._last_seen = math.inf
+            log.warning(
+                "no worker runs on the cluster grid.address=%s: each asks Ray for %g CPUs and %g GPUs, and it may be "
+                "that no node has them free (`ray status` shows it). Waiting for one.",
+                self._settings.address,
+                self.placement.num_cpus,
+                self.placement.num_gpus,
+            )
+
     def _finished(self, slot: _Slot, value: Any) -> None:
         if not slot.loaded:
             slot.loaded = True
@@ -545,7 +687,7 @@ def _is_large(record: flower_compat.Record) -> bool:
 def _why(error: Exception) -> str:
     """The part of Ray's long message that says how the worker ended."""
     text = " ".join(str(error).split())
-    detail = text.partition("Worker exit detail: ")[2] or text
+    detail = text.partition("Worker exit detail: ")[2] or text.partition("The actor died because ")[2] or text
     for advice in (" There are some potential", " Some common causes"):
         detail = detail.partition(advice)[0]
     return detail[:300] or type(error).__name__
