@@ -647,6 +647,7 @@ def test_jobs_that_would_write_one_directory_never_run_at_once(command: Command,
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
     assert [job["exit_code"] for job in jobs] == [0, 2]
     assert "one is not empty" in jobs[1]["message"]
+    assert ended.out.index("job 0 | local_only on digits: completed") < ended.out.index("job 1 | starts")
 
 
 @pytest.fixture
