@@ -4,11 +4,18 @@ Exit codes: 0 completed; 2 bad input; 3 too few replies; 4 stopped by max_second
 """
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,8 @@ from fedssl.config import CONFIG_NAME, check_values, compose, conf_dir, message_
 from fedssl.errors import ConfigError, FedSSLError
 
 OK, BUG, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 4, 130
+HELD = -1  # no exit code: the job is composed, its turn comes
+READER_SECONDS = 5.0  # for the last lines of a process that has ended; one that it left behind may keep them open
 
 # What is printed of summary.json.
 SUMMARY = {
@@ -64,45 +73,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compose_and_run(arguments: list[str]) -> int:
     """Let Hydra compose one job or a sweep of them; the exit code is the largest of the jobs'."""
     jobs: list[dict[str, Any]] = []
-    finished: list[Path] = []
+    finished: dict[int, Path] = {}
+    waiting: list[_Job] = []  # for a process of their own
+    at_once = 1
     given = _value(arguments, "run_dir")
     existed = given is not None and Path(given).is_dir()
 
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        run_dir = Path(hydra_config.runtime.output_dir)
+        this = _Job(Path(hydra_config.runtime.output_dir))
         if hydra_config.mode == RunMode.MULTIRUN:
-            print(f"\njob {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
+            this.number, this.overrides = hydra_config.job.num, list(hydra_config.overrides.task)
+            this.sweep_dir = Path(hydra_config.sweep.dir)
+            print(f"\njob {this.number}: {' '.join(this.overrides)}", flush=True)
         elif not Path(hydra_config.run.dir).is_absolute():
-            run_dir = Path(hydra_config.run.dir)  # as the user wrote it
-        siblings = list(finished)
+            this.run_dir = Path(hydra_config.run.dir)  # as the user wrote it
 
         def work() -> int:
-            code = _run(resolve(config, hydra_config), run_dir, siblings)
+            this.config = resolve(config, hydra_config)
             if idle := unread(config, hydra_config.overrides.task):
                 strategy = hydra_config.runtime.choices["strategy"]
-                print(f"  note: strategy={strategy} does not read {' '.join(idle)}", flush=True)
-            return code
+                this.note = f"  note: strategy={strategy} does not read {' '.join(idle)}"
+            return HELD if at_once > 1 else _run(this.config, this.note, this.run_dir, _in_order(finished))
 
         code, message = _outcome(work)
-        if code == BAD_INPUT and not existed and run_dir.is_dir() and not any(run_dir.iterdir()):
-            run_dir.rmdir()  # Hydra made it
-        if code == OK:
-            finished.append(run_dir)
-        if hydra_config.mode == RunMode.MULTIRUN:
-            overrides = list(hydra_config.overrides.task)
-            job = {"job": hydra_config.job.num, "overrides": overrides, "exit_code": code}
-            jobs.append({**job, "message": message} if message else job)
-            _record_sweep(Path(hydra_config.sweep.dir), jobs)
-        else:
-            jobs.append({"exit_code": code})
+        if code == HELD:
+            waiting.append(this)
+            return
+        ended(this, code, message)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
+
+    def ended(job: _Job, code: int, message: str) -> None:
+        if code == BAD_INPUT and not existed:
+            job.remove_empty_dir()
+        if code == OK:
+            finished[job.number] = job.run_dir
+        record = {"job": job.number, "overrides": job.overrides, "exit_code": code}
+        jobs.append({**record, "message": message} if message else record)
+        jobs.sort(key=lambda record: record["job"])
+        if job.sweep_dir is not None:
+            _record_sweep(job.sweep_dir, jobs)
 
     command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)
     before = sys.argv
     sys.argv = ["fedssl", *arguments]
     try:
+        at_once = _jobs_at_once(arguments)
         if _is_sweep(arguments) and _value(arguments, "run_dir") is not None:
             raise ConfigError(
                 "run_dir= is for one run; a sweep numbers its runs under hydra.sweep.dir= (got both -m and run_dir=)"
@@ -120,17 +137,24 @@ def _compose_and_run(arguments: list[str]) -> int:
         return BAD_INPUT
     finally:
         sys.argv = before
+    try:
+        _run_at_once(waiting, at_once, ["fedssl", *arguments], finished, ended)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if len(finished) > 1:
-        _rewrite_reports(finished)
+        _rewrite_reports(_in_order(finished))
     if _is_sweep(arguments) and jobs:
         _print_sweep(jobs)
     return max((job["exit_code"] for job in jobs), default=OK)
 
 
-def _run(config: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) -> int:
+def _run(config: dict[str, Any], note: str, run_dir: Path, siblings: Sequence[Path]) -> int:
     from fedssl.federation import simulation  # torch, Flower: not for --help
 
-    return _finish(simulation.run({**config, "run_dir": str(run_dir)}), run_dir, siblings)
+    code = _finish(simulation.run({**config, "run_dir": str(run_dir)}), run_dir, siblings)
+    if note:
+        print(note, flush=True)
+    return code
 
 
 def _resume(run_dir: Path, arguments: Sequence[str]) -> int:
@@ -191,6 +215,198 @@ def _print_config(overrides: Sequence[str], config_dir: Path | None) -> int:
     return OK
 
 
+# --- jobs of a sweep at once -------------------------------------------------------------------------------------
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """The one run there is, or a job of a sweep; `config` and `note` (for after its summary) come from composing it."""
+
+    run_dir: Path
+    number: int = 0
+    overrides: list[str] = dataclasses.field(default_factory=list)
+    sweep_dir: Path | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def places(self) -> set[Path]:
+        """Where it writes: no two jobs may at once."""
+        store = self.config["client"].get("store")
+        return {self.run_dir.resolve()} | ({Path(store).expanduser().resolve()} if store else set())
+
+    def remove_empty_dir(self) -> None:
+        """Hydra has made it."""
+        if self.run_dir.is_dir() and not any(self.run_dir.iterdir()):
+            self.run_dir.rmdir()
+
+
+class _Process:
+    """A job in a process of its own; its lines come out with its number before them.
+
+    It has a process group of its own too: Ctrl-C reaches the sweep alone, which passes it on once.
+    """
+
+    def __init__(self, job: _Job, argv: list[str], siblings: list[Path], environment: Mapping[str, str]) -> None:
+        self.job = job
+        self.channel, theirs = Pipe()
+        self._outcome: tuple[int, str] | None = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # there too, until `_serve` can end well
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from fedssl.__main__ import _serve; _serve({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                process_group=0,
+            )
+            screens = ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr))
+            self._readers = [
+                threading.Thread(target=_pass_on, args=(pipe, f"job {job.number} | ", screen), daemon=True)
+                for pipe, screen in screens
+            ]
+            for reader in self._readers:
+                reader.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
+        with contextlib.suppress(OSError):  # it has ended already
+            self.channel.send((argv, job.config, job.note, job.run_dir, siblings))
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the process to end; the job's exit code, and the message that it printed."""
+        with contextlib.suppress(EOFError, OSError):
+            self._outcome = self._outcome or self.channel.recv()
+        status = self._process.wait()
+        for reader in self._readers:
+            reader.join(READER_SECONDS)
+        self.channel.close()
+        if self._outcome is not None:
+            return self._outcome
+        if status == -signal.SIGINT:
+            return INTERRUPTED, "interrupted"
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+        message = (
+            f"the process of job {self.job.number} {how}. If the memory ran out, lower sweep.jobs; the last "
+            f"checkpoint is kept, resume={self.job.run_dir} goes on"
+        )
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return BUG, message
+
+
+def _run_at_once(
+    waiting: list[_Job],
+    at_once: int,
+    argv: list[str],
+    finished: Mapping[int, Path],
+    ended: Callable[[_Job, int, str], None],
+) -> None:
+    """Run jobs in processes of their own, `at_once` at a time, and tell `ended` of each. One interrupt ends all."""
+    shares = _shares(min(at_once, len(waiting)))
+    running: dict[int, _Process] = {}  # by the number of their share
+    try:
+        while waiting or running:
+            for number in range(len(shares)):
+                if number not in running and (job := _startable(waiting, running.values())) is not None:
+                    waiting.remove(job)
+                    print(f"job {job.number} | starts", flush=True)
+                    running[number] = _Process(job, argv, _in_order(finished), shares[number])
+            over = wait([process.channel for process in running.values()])
+            for number, process in list(running.items()):
+                if process.channel in over:
+                    code, message = process.end()
+                    del running[number]
+                    ended(process.job, code, message)
+                    if code == INTERRUPTED:
+                        raise KeyboardInterrupt
+    except BaseException:
+        for process in running.values():
+            process.interrupt()
+        for process in running.values():
+            ended(process.job, *process.end())
+        for job in waiting:
+            job.remove_empty_dir()
+        raise
+
+
+def _startable(waiting: Iterable[_Job], running: Iterable[_Process]) -> _Job | None:
+    """The first job that writes nowhere that a running job does, or a waiting one before it."""
+    taken = {place for process in running for place in process.job.places}
+    for job in waiting:
+        if not job.places & taken:
+            return job
+        taken |= job.places
+    return None
+
+
+def _shares(at_once: int) -> list[dict[str, str]]:
+    """The environments of as many processes: the cores that Ray finds, and the GPUs; with too few of them, they share.
+
+    Threads are part of a result, and stay as configured.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    shares = []
+    gpus = _gpus() if at_once else []
+    for number in range(at_once):
+        own = {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": len(range(number, cores, at_once)) or 1})}
+        share = {**own, **os.environ, "PYTHONPATH": path}
+        if gpus:
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[number::at_once] or [gpus[number % len(gpus)]])
+        shares.append(share)
+    return shares
+
+
+def _gpus() -> list[str]:
+    """The names of the visible GPUs in CUDA_VISIBLE_DEVICES."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _pass_on(pipe: io.TextIOBase, prefix: str, screen: io.TextIOBase) -> None:
+    with pipe:
+        for line in filter(str.strip, pipe):
+            with contextlib.suppress(OSError):  # nobody reads any more: the job goes on
+                screen.write(f"{prefix}{line.rstrip()}\n")
+                screen.flush()
+
+
+def _serve(fd: int) -> None:
+    """The main function of a job's process: do what comes through `fd`, and send back how it ended."""
+    os.set_inheritable(fd, False)
+    sweep = Connection(fd)
+    sys.argv, config, note, run_dir, siblings = sweep.recv()
+    threading.Thread(target=_interrupt_after, args=(sweep,), daemon=True).start()
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        asked, visible = config["grid"].get("gpus"), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if asked and visible != [""] and asked > len(visible):
+            raise ConfigError(
+                f"grid.gpus={asked}, but a job of this sweep has {len(visible)} (sweep.jobs= shares them out): leave "
+                f"grid.gpus out, or lower sweep.jobs"
+            )
+        return _run(config, note, run_dir, siblings)
+
+    sweep.send(_outcome(work))
+
+
+def _interrupt_after(sweep: Connection) -> None:
+    """A job does not outlive the process of its sweep."""
+    with contextlib.suppress(EOFError, OSError):
+        sweep.recv()  # nothing comes
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 # --- parts -------------------------------------------------------------------------------------------------------
 def _report_errors(work: Callable[[], int]) -> int:
     return _outcome(work)[0]
@@ -224,6 +440,10 @@ def _finish(summary: dict[str, Any], run_dir: Path, siblings: Sequence[Path]) ->
     return STOPPED if summary["status"] == "stopped" else OK
 
 
+def _in_order(finished: Mapping[int, Path]) -> list[Path]:
+    return [finished[number] for number in sorted(finished)]
+
+
 def _rewrite_reports(runs: Sequence[Path]) -> None:
     """After a sweep's last job every report can show all of its siblings."""
     for run_dir in runs:
@@ -243,6 +463,17 @@ def _write_report(run_dir: Path, siblings: Sequence[Path]) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _jobs_at_once(arguments: Sequence[str]) -> int:
+    given = _value(arguments, "sweep.jobs")
+    if given is None:
+        return 1
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"sweep.jobs must be a whole number of at least 1 (jobs of a sweep at once), got {given!r}")
+    if int(given) > 1 and not _is_sweep(arguments):
+        raise ConfigError(f"sweep.jobs={given} is for a sweep, as in fedssl -m seed=0,1 sweep.jobs=2; -m is missing")
+    return int(given)
 
 
 def _check_sweep_dir(arguments: Sequence[str]) -> None:

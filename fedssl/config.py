@@ -63,8 +63,11 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = hydra.compose(CONFIG_NAME, overrides, return_hydra_config=True)
-            if config.resume is not None or any(value is not None for value in config.replay.values()):
-                raise ConfigError("resume= and replay.*= are for the command fedssl, not for composing a new run")
+            replayed = any(value is not None for value in config.replay.values())
+            if config.resume is not None or replayed or config.sweep.jobs != 1:
+                raise ConfigError(
+                    "sweep.jobs=, resume= and replay.*= are for the command fedssl, not for composing a new run"
+                )
             if config.run_dir is None:
                 HydraConfig.instance().set_config(config)  # the default names time and strategy
                 config.run_dir = config.hydra.run.dir
@@ -325,7 +328,7 @@ TOP_LEVEL: dict[str, Any] = {
     "run_dir": str,
 }
 KERNEL_RULE = "fedssl.ensemble.MeanKernel"  # by name: to print a configuration takes no torch
-SAID_TO_THE_COMMAND = ("resume", "replay")  # no part of a run
+SAID_TO_THE_COMMAND = ("resume", "replay", "sweep")  # no part of a run
 CLIENT_STORE = {"store": str | None}
 STRATEGY = ("name", "client", "server")
 MAX_SEED = 2**63 - 1

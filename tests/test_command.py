@@ -1,12 +1,13 @@
 """The command `fedssl`: what it refuses, its exit codes, resume, replay, sweeps."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import pytest
 import yaml
 
 import fedssl
-from fedssl.__main__ import main
+from fedssl.__main__ import _shares, main
 from fedssl.config import compose, conf_dir, unread
 from fedssl.errors import ConfigError
-from tests.federation_helpers import SMALL, tree_hash, without_clock
+from tests.federation_helpers import SMALL, assert_same, final_arrays, rows, tree_hash, without_clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +215,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {  # overrides, and what the m
         ["strategy.server must be a flwr"],
     ),
     "sweep into one directory": (["-m", "seed=1,2"], ["run_dir= is for one run", "hydra.sweep.dir="]),
+    "sweep of no jobs at once": (["-m", "seed=1,2", "sweep.jobs=0"], ["sweep.jobs must be a whole number", "got '0'"]),
+    "sweep of some jobs at once": (["-m", "seed=1,2", "sweep.jobs=some"], ["sweep.jobs must be", "got 'some'"]),
+    "sweep over sweep.jobs": (["-m", "sweep.jobs=1,2"], ["sweep.jobs must be a whole number", "got '1,2'"]),
+    "jobs at once without -m": (["sweep.jobs=2"], ["sweep.jobs=2 is for a sweep", "-m is missing"]),
+    "jobs at once into one directory": (["-m", "seed=1,2", "sweep.jobs=2"], ["run_dir= is for one run"]),
     "resume of nothing": (["resume=nowhere"], ["resume=nowhere is no run directory", "nowhere/config.yaml"]),
     "resume without a name": (["resume="], ["resume= names nothing"]),
     "replay without its parts": (["replay.round=1"], ["missing: replay.run, replay.partition"]),
@@ -575,6 +581,169 @@ def test_a_sweep_with_a_job_that_does_not_compose_runs_none(command: Command, tm
     assert ended.err.startswith("error: ")
     assert "Traceback" not in ended.err
     assert not [path for path in tmp_path.rglob("*") if path.name in ("0", "config.yaml")]
+
+
+def test_jobs_at_once_leave_what_jobs_in_turn_leave(command: Command, tmp_path: Path) -> None:
+    overrides = small("federation.num_rounds=1", "strategy=fedavg,flesd", "federation.cohort_size=4,9", "downlink=none")
+    in_turn = command("-m", *overrides, "hydra.sweep.dir=in_turn")
+    at_once = command("-m", *overrides, "hydra.sweep.dir=at_once", "sweep.jobs=2")
+    assert (in_turn.code, at_once.code) == (2, 2), at_once
+    a, b = (tmp_path / name for name in ("in_turn", "at_once"))
+    text = (b / "sweep.json").read_text().replace(',\n        "sweep.jobs=2"', "")
+    assert text == (a / "sweep.json").read_text()
+    assert sorted(p.name for p in b.iterdir()) == sorted(p.name for p in a.iterdir())
+    for number, sibling in (("0", "flesd"), ("2", "fedavg")):
+        run = b / number
+        assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in (a / number).iterdir())
+        assert rows(run) == rows(a / number)
+        assert_same(final_arrays(run), final_arrays(a / number))
+        weights = [{p.name: p.read_bytes() for p in (r / "models").iterdir()} for r in (run, a / number)]
+        assert len(weights[0]) == 3
+        assert weights[0] == weights[1]
+        summaries = [without_clock(json.loads((r / "summary.json").read_text())) for r in (run, a / number)]
+        assert summaries[0] == summaries[1]
+        assert (run / "config.yaml").read_text().replace(str(b), str(a)) == ((a / number / "config.yaml").read_text())
+        assert sibling in (run / "report.html").read_text()
+    for screen in ("out", "err"):  # the same lines in both, and now it is said whose they are
+        said = getattr(at_once, screen).splitlines()
+        own = {n: [line.removeprefix(f"job {n} | ") for line in said if line.startswith(f"job {n} | ")] for n in "02"}
+        for lines in own.values():
+            for line in lines:
+                if line != "starts" and "report" not in line and not re.search(r" s(,|$| )", line):  # a path, a clock
+                    assert line in getattr(in_turn, screen).splitlines()
+    assert "\nsweep: 2 of 4 jobs completed\n" in at_once.out
+    assert at_once.err.count("error: federation.cohort_size must be between") == 2
+
+
+def test_a_job_that_fails_beside_others_does_not_end_them(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "troubled.py").write_text(
+        "import os, signal\nfrom strategies.fedavg import FedAvgClient\n\n"
+        "class Quits(FedAvgClient):\n    def __call__(self, client, broadcast):\n"
+        "        raise OSError('on GPU ' + os.environ['CUDA_VISIBLE_DEVICES'])\n\n"
+        "class Dies(FedAvgClient):\n    def __call__(self, client, broadcast):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,9")
+    targets = "troubled.Dies,troubled.Quits,strategies.fedavg.FedAvgClient"
+    overrides = small("federation.num_rounds=1", "strategy=fedavg", f"strategy.client._target_={targets}")
+    ended = command("-m", *overrides, "sweep.jobs=2", "hydra.sweep.dir=sweep")
+    assert ended.code == 3, ended
+    jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    assert [(job["job"], job["exit_code"]) for job in jobs] == [(0, 1), (1, 3), (2, 0)]
+    assert jobs[0]["message"].startswith("the process of job 0 was killed by SIGKILL. If the memory ran out, lower")
+    assert f"error: {jobs[0]['message']}\n" in ended.err
+    assert "OSError: on GPU 9" in jobs[1]["message"]
+    assert "job 1 | error: " in ended.err
+    assert json.loads((tmp_path / "sweep" / "2" / "summary.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.parametrize("shared", ["hydra.sweep.subdir=one", "client.store=one"])
+def test_jobs_that_would_write_one_directory_never_run_at_once(command: Command, tmp_path: Path, shared: str) -> None:
+    overrides = small("federation.num_rounds=1", "strategy=local_only", "seed=0,1", shared)
+    ended = command("-m", *overrides, "sweep.jobs=2", "hydra.sweep.dir=sweep")
+    assert ended.code == 2, ended
+    jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    assert [job["exit_code"] for job in jobs] == [0, 2]
+    assert "one is not empty" in jobs[1]["message"]
+    assert ended.out.index("job 0 | local_only on digits: completed") < ended.out.index("job 1 | starts")
+
+
+@pytest.fixture
+def long_sweep(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A sweep of three long jobs, in a process group of its own, that has done a round of the first two."""
+    overrides = _importable(small("strategy=fedavg", "federation.num_rounds=1000", "seed=0,1,2"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedssl", "-m", *overrides, "sweep.jobs=2", "hydra.sweep.dir=sweep"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 180
+    for number in "01":
+        metrics = tmp_path / "sweep" / number / "metrics.jsonl"
+        while not (metrics.exists() and '"scope": "server"' in metrics.read_text()) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+    yield process
+    process.kill()  # its jobs end with it
+    process.communicate(timeout=60)
+
+
+def test_an_interrupt_ends_all_jobs_and_keeps_their_checkpoints(
+    long_sweep: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    os.killpg(long_sweep.pid, signal.SIGINT)  # as a terminal does
+    _, err = long_sweep.communicate(timeout=120)
+    assert long_sweep.returncode == 130, err
+    assert "Traceback" not in err
+    sweep = tmp_path / "sweep"
+    jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    assert [(job["job"], job["exit_code"]) for job in jobs] == [(0, 130), (1, 130)]
+    for number in "01":
+        assert f"job {number} | interrupted; the last checkpoint is kept" in err
+        assert final_arrays(sweep / number)
+        assert json.loads((sweep / number / "summary.json").read_text())["status"] == "stopped"
+    assert not (sweep / "2").exists()
+
+
+def test_jobs_end_with_the_process_of_their_sweep(long_sweep: subprocess.Popen[str], tmp_path: Path) -> None:
+    long_sweep.kill()
+    deadline = time.monotonic() + 120
+    for number in "01":
+        summary = tmp_path / "sweep" / number / "summary.json"
+        while not summary.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert json.loads(summary.read_text())["status"] == "stopped"
+        assert final_arrays(summary.parent)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "gpus", "cores_of_each", "gpus_of_each"),
+    [
+        (2, "4,7,9", [3, 2], ["4,9", "7"]),
+        (3, "4,7", [2, 2, 1], ["4", "7", "4"]),
+        (2, "", [3, 2], ["", ""]),
+        (6, "GPU-a", [1] * 6, ["GPU-a"] * 6),
+    ],
+)
+def test_jobs_at_once_share_the_machine(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, gpus: str, cores_of_each: list[int], gpus_of_each: list[str]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    shares = _shares(at_once)
+    assert [json.loads(share["RAY_OVERRIDE_RESOURCES"])["CPU"] for share in shares] == cores_of_each
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == gpus_of_each
+
+
+@pytest.mark.ray
+def test_ray_finds_the_cores_of_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(3)))
+    code = "from fedssl.federation.grids.ray import start_ray\nprint(start_ray(None, None).cluster_resources()['CPU'])"
+    share = _shares(1)[0]
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=share, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout == "3.0\n", ended
+
+
+def test_more_gpus_than_a_job_has_are_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    ended = command("-m", *small("seed=0,1", "grid=ray", "grid.gpus=2"), "sweep.jobs=2", "hydra.sweep.dir=sweep")
+    assert ended.code == 2, ended
+    assert ended.err.count("error: grid.gpus=2, but a job of this sweep has 1 (sweep.jobs= shares them out)") == 2
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["multirun.yaml", "sweep.json"]
+
+
+def test_jobs_at_once_are_not_for_composing_from_python() -> None:
+    with pytest.raises(ConfigError, match=r"^sweep\.jobs=, .* are for the command fedssl"):
+        compose(["sweep.jobs=2"])
 
 
 # --- help ---------------------------------------------------------------------------------------------------------
