@@ -85,7 +85,10 @@ def make_run(
                     probed = at(round_num / num_rounds, worse)
                     metrics |= {f"{own}/{name}": probed[name] for name in ("linear_top1", "knn_top1", "labels1_top1")}
                 row(round_num, "client", metrics, partition, family)
-        counts = {"num_ok": 5 - len(failed), "num_failed": len(failed), "num_late": 0, "num_refused": 0}
+        kinds = [failure["kind"] for failure in failures.get(round_num, ())]
+        counts = {"num_ok": 5 - len(failed)} | {
+            f"num_{kind}": kinds.count(kind) for kind in ("failed", "late", "refused")
+        }
         row(round_num, "round", counts | {"failures": list(failures.get(round_num, ()))})
         traffic = {"uplink_bytes": 5000, "downlink_bytes": 10000}
         learned = {f"{family}/{name}": 3 / round_num for family in families for name in ("loss", "target_entropy")}
@@ -198,7 +201,7 @@ def test_failed_clients_are_named_with_their_reason(tmp_path: Path) -> None:
     seen = texts(page)
     assert "2 3 conv4_16 failed CUDA out of memory &lt;2 GiB&gt;" in seen  # partition 3 runs families[3 % 3]
     assert "2 1 resnet8 late no reply in 5 s" in seen
-    assert "Of 15 client tasks: 13 ok, 2 failed" in seen
+    assert "Of 15 client tasks: 13 ok, 1 failed, 1 late, 0 refused." in seen
 
 
 @words
@@ -771,6 +774,48 @@ def test_missing_seeds_and_unfinished_runs_are_named(sweep: Path, tmp_path: Path
         assert f"centralized, seed 0: unfinished after round 3 ({sweep / '12'})" in text
         assert "flesd has no run" not in text
         assert "Not only" not in text
+
+
+@words
+def test_clients_whose_uploads_were_not_merged_are_a_warning(tmp_path: Path) -> None:
+    late = [{"partition": partition, "kind": "late", "reason": "beyond the deadline"} for partition in range(5)]
+    again = {"partition": 0, "kind": "worker_died", "reason": "SIGKILL"}
+    refused = {"partition": 3, "kind": "refused", "reason": "not finite"}
+    make_run(tmp_path / "0", seed=3, failures=dict.fromkeys((1, 2, 3), late))
+    make_run(tmp_path / "1", seed=4, failures={1: [*late[1:3], refused, again]})
+    make_run(tmp_path / "2", seed=5, failures={1: [again]})
+    make_run(tmp_path / "3", seed=6, failures={num: [refused] for num in (1, 2, 3)})
+    (make_run(tmp_path / "4", seed=7, status=None) / "metrics.jsonl").write_text("")
+    comparison = compare([tmp_path], tmp_path / "out")
+    (warning,) = [warning for warning in beside_missing(comparison.sections[0]) if "merged" in warning]
+    assert warning == (
+        "Not every client had its part in the result. "
+        "flesd, seed 3: 0 of 15 client tasks merged (15 late), of 5 partitions none: 0, 1, 2, 3, 1 more; "
+        "flesd, seed 4: 12 of 15 client tasks merged (2 late, 1 refused); "
+        "flesd, seed 6: 12 of 15 client tasks merged (3 refused), of 1 partition none: 3."
+    )
+    for file in ("results.md", "report.html"):
+        assert warning in texts((tmp_path / "out" / file).read_text())
+    with (tmp_path / "out" / "results.csv").open() as file:
+        counts = [[row[f"num_{kind}"] for kind in ("ok", "failed", "late", "refused")] for row in csv.DictReader(file)]
+    expected = [["0", "0", "15", "0"], ["12", "0", "2", "1"], ["15", "0", "0", "0"], ["12", "0", "0", "3"], [""] * 4]
+    assert counts == expected
+    rows = rows_of((tmp_path / "out" / "results.md").read_text(), "## All runs")
+    heads = rows["run"]
+    shown = [row[heads.index("ok") : heads.index("refused") + 1] for row in list(rows.values())[2:]]
+    assert shown == [*expected[:-1], ["–"] * 4]
+
+
+def test_rounds_in_which_nobody_was_there_are_a_warning(tmp_path: Path) -> None:
+    """A strategy without clients asks nobody anyway."""
+    for seed, client in enumerate(({"_target_": "a.Client"}, None)):
+        strategy = {"_target_": "strategies.flesd.FLESD", "client": client}
+        config = {"strategy": strategy, "federation": {"devices": {"availability": 0.1}}}
+        path = make_run(tmp_path / str(seed), seed=seed, config=config) / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"num_ok": 5', '"num_ok": 0'))
+    found = [warning for section in sections_of(tmp_path) for warning in caveats(section) if "asked" in warning]
+    assert len(found) == 1
+    assert found[0].endswith("seed 0: nobody asked in 3 of 3 rounds.")
 
 
 def beside_missing(section: Section) -> list[str]:

@@ -39,6 +39,7 @@ INCIDENTAL = (
     *INERT, "grid", "device", "federation.min_replies", "federation.round_timeout", "federation.devices.idle_s",
 )  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
+OUTCOMES = ("ok", "failed", "late", "refused")  # of a client task
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
 
@@ -194,6 +195,32 @@ class Run:
             return None
         return float(self.server[name].sum())
 
+    @cached_property
+    def tasks(self) -> dict[str, int]:
+        """How many client tasks ended how, each of `OUTCOMES`, over all rounds; empty where no round has a row."""
+        ended = self._tasks_by_round
+        return {kind: sum(counts[kind] for counts in ended) for kind in OUTCOMES if ended}
+
+    @property
+    def idle_rounds(self) -> int:
+        """Rounds in which clients may be away and nobody was asked, of a strategy that has clients."""
+        node, devices = self.config.get("strategy"), (self.config.get("federation") or {}).get("devices") or {}
+        if not (isinstance(node, Mapping) and node.get("client") and devices.get("availability", 1) < 1):
+            return 0
+        return sum(not any(counts.values()) for counts in self._tasks_by_round)
+
+    @cached_property
+    def _tasks_by_round(self) -> list[dict[str, int]]:
+        rounds = [row.get("metrics") or {} for row in self.rows if row["scope"] == "round"]
+        return [{kind: int(row.get(f"num_{kind}") or 0) for kind in OUTCOMES} for row in rounds]
+
+    @cached_property
+    def never_merged(self) -> list[int]:
+        """Partitions that were asked, and of which no round has merged an upload."""
+        rounds = [row.get("metrics") or {} for row in self.rows if row["scope"] == "round"]
+        asked = {f["partition"] for row in rounds for f in row.get("failures") or [] if f.get("kind") in OUTCOMES}
+        return sorted(asked.difference(self.clients["partition"]))
+
     def client_values(self, family: str, name: str) -> dict[int, float]:
         """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
         column = f"{family}/{name}"
@@ -282,6 +309,7 @@ def read_run(path: Path) -> Run:
     )
     try:  # files may be whole and hold something else
         _ = {run.seed}, run.final(), run.controls(), run.server, run.clients, run.choices, run.setting
+        _ = run.tasks, run.idle_rounds, run.never_merged
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} holds something else than a run ({type(error).__name__}: {error}).") from error
     return run
