@@ -406,6 +406,57 @@ def test_broken_runs_are_named_and_skipped(sweep: Path, tmp_path: Path, capsys: 
 
 
 @words
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("metrics.jsonl", "summary.json"), "1 (fedavg, seed 1) has neither metrics.jsonl nor summary.json"),
+        (("metrics.jsonl", "summary.json", "partition.npz"), "1 (fedavg, seed 1) has neither metrics.jsonl nor"),
+        (("metrics.jsonl", "config.yaml"), "config.yaml is missing"),
+        (("metrics.jsonl", "config.yaml", "summary.json"), "config.yaml is missing"),
+    ],
+)
+def test_what_is_left_of_a_run_is_named(
+    lost: Sequence[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "runs" / "good")
+    other = make_run(tmp_path / "runs" / "1", strategy="fedavg", seed=1)
+    for name in lost:
+        (other / name).unlink()
+    job = {"job": 1, "overrides": ["strategy=fedavg"], "exit_code": 1, "message": "out of memory"}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps({"jobs": [job]}))
+    assert main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    for text in (capsys.readouterr().err, (tmp_path / "out" / "results.md").read_text()):
+        assert message in text
+        assert str(other) in text
+        assert "exit code 1: out of memory" in text
+    assert len(find_runs([tmp_path / "runs"])[0]) == 1
+
+
+def test_one_file_of_such_a_name_is_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "good")
+    for name in ("config.yaml", "manifest.json", "summary.json"):
+        (tmp_path / "runs" / name.partition(".")[0]).mkdir()
+        (tmp_path / "runs" / name.partition(".")[0] / name).write_text("{")
+    runs, broken = find_runs([tmp_path])
+    assert (len(runs), broken) == (1, {})
+
+
+@words
+def test_a_completed_run_without_its_rows_is_a_warning(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+    (tmp_path / "runs" / "0" / "metrics.jsonl").unlink()
+    cut = tmp_path / "runs" / "1" / "metrics.jsonl"
+    cut.write_text("".join(line for line in cut.read_text().splitlines(keepends=True) if '"round": 3' not in line))
+    text = compare([tmp_path / "runs"], tmp_path / "out").summary()
+    assert (
+        f"flesd, seed 0: none of 3 rounds ({tmp_path / 'runs' / '0'}); "
+        f"flesd, seed 1: to round 2 of 3 rounds ({tmp_path / 'runs' / '1'})." in text
+    )
+    assert "seed 2: " not in text
+
+
+@words
 def test_out_may_lie_inside_and_a_second_call_finds_the_same(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "a")
     out = tmp_path / "runs" / "report"

@@ -13,15 +13,15 @@ CONTROLS = ("public_only", "placebo", "best_client", "local_only", "fedavg", "ce
 
 
 def caveats(section: Section) -> list[str]:
-    """What differs beside compared settings and the seed, what did not finish, whose uploads were not merged.
+    """What differs beside compared settings and the seed, what did not finish, what has lost its rows.
 
-    Also which seeds are missing or double.
+    Also whose uploads were not merged, which seeds are missing or double.
 
     And which controls are missing, or are not the same for all runs of a seed.
     """
     return [
-        *_differences(section), *_unfinished(section), *_unmerged(section), *_seeds(section), *_controls(section),
-        *_missing(section),
+        *_differences(section), *_unfinished(section), *_without_rows(section), *_unmerged(section), *_seeds(section),
+        *_controls(section), *_missing(section),
     ]  # fmt: skip
 
 
@@ -80,6 +80,23 @@ def _unfinished(section: Section) -> Iterator[str]:
         more = [f"{len(named) - MAX_RUNS} more"] if len(named) > MAX_RUNS else []
         yield (
             f"{plural(len(left_out), 'run')} did not complete: not in the means. {'; '.join(named[:MAX_RUNS] + more)}."
+        )
+
+
+def _without_rows(section: Section) -> Iterator[str]:
+    """Completed runs of which the summary alone speaks, of all rounds or the last ones."""
+    named = [
+        f"{group.label}, seed {run.seed}: {'none' if run.last_row is None else f'to round {run.last_row}'} "
+        f"of {plural(run.rounds, 'round')} ({run.path})"
+        for group in section.groups
+        for run in group.completed
+        if run.last_row is None or run.last_row < run.rounds
+    ]
+    if named:
+        more = [f"{len(named) - MAX_RUNS} more runs"] if len(named) > MAX_RUNS else []
+        yield (
+            f"Rows are missing in metrics.jsonl: controls, curves and failed clients of these runs are not known, the "
+            f"rest is what summary.json says. {'; '.join(named[:MAX_RUNS] + more)}."
         )
 
 

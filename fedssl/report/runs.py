@@ -40,6 +40,7 @@ INCIDENTAL = (
 )  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
 OUTCOMES = ("ok", "failed", "late", "refused")  # of a client task
+BESIDE_ROWS = ("config.yaml", "manifest.json", "partition.npz", "summary.json")  # of a run directory
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
 
@@ -130,6 +131,11 @@ class Run:
     def report_family(self) -> str | None:
         """The family that the headline speaks of: the declared one, else the first that was evaluated."""
         return self.declared_family or next(iter(self.families), None)
+
+    @property
+    def last_row(self) -> int | None:
+        """The last round of `metrics.jsonl`; None where it is gone or empty."""
+        return max((row["round"] for row in self.rows), default=None)
 
     @cached_property
     def families(self) -> tuple[str, ...]:
@@ -318,7 +324,7 @@ def read_run(path: Path) -> Run:
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     """All runs at or below `paths`, each once, and the broken directories with the reason.
 
-    A run is a directory with `metrics.jsonl` or `summary.json` beside `config.yaml`; below it there are no others.
+    A run is a directory with `metrics.jsonl`, or with two of `BESIDE_ROWS`; below it there are no others.
 
     Raises:
         ConfigError: a path does not exist, or no run is found.
@@ -330,11 +336,19 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     broken: dict[Path, str] = {}
     for directory in (folder for folder, files in _walk(paths) if _holds_run(files)):
         try:
-            runs.append(read_run(directory))
+            run = read_run(directory)
         except DataError as error:
             broken[directory] = str(error)
+        else:
+            if run.summary or (directory / "metrics.jsonl").exists():
+                runs.append(run)
+            else:
+                broken[directory] = (
+                    f"{directory} ({run.strategy}, seed {run.seed}) has neither metrics.jsonl nor summary.json: "
+                    f"nothing of it was measured yet."
+                )
     if not runs:
-        jobs, unread = find_jobs(paths, broken)
+        jobs, unread = find_jobs(paths, ())
         reasons = [f"skipped: {reason}" for reason in (broken | unread).values()] + [str(job) for job in jobs]
         hint = "".join(f"\n{reason}" for reason in reasons)
         raise ConfigError(
@@ -345,7 +359,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
 
 
 def find_jobs(paths: Sequence[Path], known: Iterable[Path]) -> tuple[list[Job], dict[Path, str]]:
-    """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` directories.
+    """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` runs.
 
     Returns:
         The jobs, and each `sweep.json` that cannot be read with the reason.
@@ -395,7 +409,8 @@ def _walk(paths: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _holds_run(files: Sequence[str]) -> bool:
-    return "metrics.jsonl" in files or ("summary.json" in files and "config.yaml" in files)
+    """Whether they are a run's, whole or not; other folders may well have one file of such a name."""
+    return "metrics.jsonl" in files or sum(name in files for name in BESIDE_ROWS) > 1
 
 
 def tell_apart(settings: Sequence[Mapping[str, str]]) -> list[str]:
