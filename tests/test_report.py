@@ -499,6 +499,87 @@ def test_files_that_hold_something_else_are_a_broken_run(file: str, key: str, va
     assert "other holds something else than a run" in broken[tmp_path / "other"]
 
 
+ODD = [None, True, -1, 1.5, math.inf, 10**400, "x", [1], {}, {"a": 1}]
+
+
+def replace(path: Path, keys: Sequence[str], value: Any) -> None:
+    """Set the entry `keys` of a JSON or YAML file; of metrics.jsonl, of the rows of the scope `keys[0]`."""
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    rows = path.suffix == ".jsonl"
+    held = [json.loads(line) for line in path.read_text().splitlines()] if rows else [read(path.read_text())]
+    for node in held:
+        if rows and node["scope"] != keys[0]:
+            continue
+        *parents, last = keys[1:] if rows else keys
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in held))
+
+
+@words
+@pytest.mark.parametrize("file", ["summary.json", "manifest.json", "config.yaml", "metrics.jsonl"])
+def test_no_odd_entry_takes_the_others_down(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run for each entry and odd value, all in one report: each is a row of the table or is named as skipped."""
+    whole = make_run(tmp_path / "runs" / "whole", num_rounds=1, families=["a"])
+    held = json.loads((whole / "summary.json").read_text())
+    entries = {
+        "summary.json": [[key] for key in (*held, "simulated_seconds", "notes")]
+        + [["families", "a"], ["families", "a", "num_clients"], ["families", "a", "linear_top1"]],
+        "manifest.json": [["seed"], ["versions"], ["data"], ["data", "digits/train"], ["git"], ["hardware"]],
+        "config.yaml": [["seed"], ["strategy"], ["data"], ["data", "name"], ["federation"]]
+        + [["federation", key] for key in ("families", "report_family", "num_clients", "devices")],
+        "metrics.jsonl": [
+            [scope, key] for scope in ("eval", "client", "round") for key in ("round", "partition", "family")
+        ]
+        + [[scope, "metrics"] for scope in ("eval", "client", "round", "server")]
+        + [["eval", "metrics", "linear_top1"], ["client", "metrics", "loss"], ["server", "metrics", "uplink_bytes"]]
+        + [["round", "metrics", "num_ok"], ["round", "metrics", "failures"]],
+    }[file]
+    for i, keys in enumerate(entries):
+        for j, value in enumerate(ODD):
+            run = tmp_path / "runs" / f"{i}-{j}"
+            shutil.copytree(whole, run)
+            replace(run / file, keys, value)
+            if keys[0] == "server":  # what a summary would answer instead
+                (run / "summary.json").unlink()
+    monkeypatch.setattr("fedssl.report.comparison.Comparison.page", lambda self, out: "")
+    assert main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    skipped = capsys.readouterr().err
+    with (tmp_path / "out" / "results.csv").open() as table:
+        rows = {Path(row["run_dir"]).name for row in csv.DictReader(table)}
+    for run in (tmp_path / "runs").iterdir():
+        assert (run.name in rows) != (f"{run} " in skipped or f"{run}/" in skipped), run.name
+    assert "whole" in rows
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rounds", "x"),
+        ("rounds", [1]),
+        ("rounds", {"a": 1}),
+        ("rounds", math.inf),
+        ("seed", "x"),
+        ("notes", "x"),
+        ("families", {"a": 1}),
+        ("uplink_bytes", 1.5),
+        ("wall_seconds", math.inf),
+        ("linear_top1", "x"),
+    ],
+)
+def test_an_odd_summary_is_named_and_skipped(key: str, value: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "good", seed=0)
+    replace(make_run(tmp_path / "runs" / "other", seed=1) / "summary.json", [key], value)
+    runs, broken = find_runs([tmp_path])
+    assert [run.path.name for run in runs] == ["good"]
+    (reason,) = broken.values()
+    assert reason.startswith(f"{tmp_path / 'runs' / 'other'} holds something else than a run (ValueError: ")
+    assert key.split("_")[0] in reason
+
+
 def test_what_simulated_seconds_are_of_is_said(tmp_path: Path) -> None:
     devices = {"_target_": "fedssl.federation.devices.Devices", "uplink_mbps": 10, "deadline_s": None}
     for seed in (0, 1):

@@ -40,6 +40,9 @@ INCIDENTAL = (
 )  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
 OUTCOMES = ("ok", "failed", "late", "refused")  # of a client task
+COUNTED = {  # by the scope of a row; beside them a row may hold anything
+    "server": ("uplink_bytes", "downlink_bytes"), "round": tuple(f"num_{kind}" for kind in OUTCOMES),
+}  # fmt: skip
 BESIDE_ROWS = ("config.yaml", "manifest.json", "partition.npz", "summary.json")  # of a run directory
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
@@ -147,7 +150,7 @@ class Run:
 
     @cached_property
     def eval(self) -> pd.DataFrame:
-        """Rows of scope "eval": columns round, partition, family and one per metric."""
+        """Rows of scope "eval": columns round, partition, family and one per metric that is a number."""
         return self._frame("eval")
 
     @cached_property
@@ -163,7 +166,7 @@ class Run:
     def _frame(self, scope: str) -> pd.DataFrame:
         rows = [
             {"round": row["round"], "partition": row.get("partition"), "family": row.get("family")}
-            | flatten(row.get("metrics") or {})
+            | numbers(flatten(row.get("metrics") or {}))
             for row in self.rows
             if row["scope"] == scope
         ]
@@ -314,11 +317,62 @@ def read_run(path: Path) -> Run:
         public_map=_read_public_map(path / "public_map.npz"),
     )
     try:  # files may be whole and hold something else
+        _check(run)
         _ = {run.seed}, run.final(), run.controls(), run.server, run.clients, run.choices, run.setting
         _ = run.tasks, run.idle_rounds, run.never_merged
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} holds something else than a run ({type(error).__name__}: {error}).") from error
     return run
+
+
+def _check(run: Run) -> None:
+    """That what is read by name is of its kind; of the rest only numbers are looked at.
+
+    Raises:
+        ValueError: an entry is not; the message names it.
+    """
+    summary, federation = run.summary, run.config.get("federation") or {}
+    for name in ("status", "strategy", "data"):
+        _expect(isinstance(summary.get(name, ""), str), f"{name} of summary.json", summary.get(name))
+    for name in ("rounds", "uplink_bytes", "downlink_bytes"):
+        _expect(_is_count(summary.get(name)), f"{name} of summary.json", summary.get(name))
+    for name in ("wall_seconds", "simulated_seconds"):
+        value = summary.get(name)
+        _expect(value is None or numbers({name: value}).get(name, -1) >= 0, f"{name} of summary.json", value)
+    seed = summary.get("seed", run.config.get("seed"))
+    _expect(_is_count(seed), "seed", seed)
+    family = summary.get("report_family")
+    _expect(isinstance(family, str | None), "report_family of summary.json", family)
+    notes, families = summary.get("notes"), summary.get("families")
+    _expect(isinstance(notes, list | None), "notes of summary.json", notes)
+    _expect(isinstance(families, dict | None), "families of summary.json", families)
+    for family, metrics in {"": summary, **(families or {})}.items():
+        where = f"{f'families.{family}' if family else 'metrics'} of summary.json"
+        _expect(isinstance(metrics, dict), where, metrics)
+        _expect(_is_count(metrics.get("num_clients")), f"num_clients, {where}", metrics.get("num_clients"))
+        for name in metrics.keys() & METRICS.keys():
+            _expect(metrics[name] is None or name in numbers(metrics), f"{name}, {where}", metrics[name])
+    _expect(isinstance(federation, dict), "federation of config.yaml", federation)
+    _expect(isinstance(federation.get("families"), list | None), "federation.families", federation.get("families"))
+    family = federation.get("report_family")
+    _expect(isinstance(family, str | None), "federation.report_family", family)
+    for row in run.rows:
+        _expect(_is_count(row["round"]) and row["round"] is not None, "a row's round", row["round"])
+        _expect(_is_count(row.get("partition")), "a row's partition", row.get("partition"))
+        _expect(isinstance(row.get("family"), str | None), "a row's family", row.get("family"))
+        for name in COUNTED.get(row["scope"], ()):
+            value = (row.get("metrics") or {}).get(name)
+            _expect(_is_count(value), f"{name} of a row of scope {row['scope']}", value)
+
+
+def _expect(fits: bool, what: str, value: Any) -> None:
+    if not fits:
+        raise ValueError(f"{what} is {str(value)[:40]!r}")
+
+
+def _is_count(value: Any) -> bool:
+    """Or nothing; what does not fit into 64 bits is none."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63)
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
