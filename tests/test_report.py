@@ -85,7 +85,10 @@ def make_run(
                     probed = at(round_num / num_rounds, worse)
                     metrics |= {f"{own}/{name}": probed[name] for name in ("linear_top1", "knn_top1", "labels1_top1")}
                 row(round_num, "client", metrics, partition, family)
-        counts = {"num_ok": 5 - len(failed), "num_failed": len(failed), "num_late": 0, "num_refused": 0}
+        kinds = [failure["kind"] for failure in failures.get(round_num, ())]
+        counts = {"num_ok": 5 - len(failed)} | {
+            f"num_{kind}": kinds.count(kind) for kind in ("failed", "late", "refused")
+        }
         row(round_num, "round", counts | {"failures": list(failures.get(round_num, ()))})
         traffic = {"uplink_bytes": 5000, "downlink_bytes": 10000}
         learned = {f"{family}/{name}": 3 / round_num for family in families for name in ("loss", "target_entropy")}
@@ -198,7 +201,7 @@ def test_failed_clients_are_named_with_their_reason(tmp_path: Path) -> None:
     seen = texts(page)
     assert "2 3 conv4_16 failed CUDA out of memory &lt;2 GiB&gt;" in seen  # partition 3 runs families[3 % 3]
     assert "2 1 resnet8 late no reply in 5 s" in seen
-    assert "Of 15 client tasks: 13 ok, 2 failed" in seen
+    assert "Of 15 client tasks: 13 ok, 1 failed, 1 late, 0 refused." in seen
 
 
 @words
@@ -403,6 +406,57 @@ def test_broken_runs_are_named_and_skipped(sweep: Path, tmp_path: Path, capsys: 
 
 
 @words
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("metrics.jsonl", "summary.json"), "1 (fedavg, seed 1) has neither metrics.jsonl nor summary.json"),
+        (("metrics.jsonl", "summary.json", "partition.npz"), "1 (fedavg, seed 1) has neither metrics.jsonl nor"),
+        (("metrics.jsonl", "config.yaml"), "config.yaml is missing"),
+        (("metrics.jsonl", "config.yaml", "summary.json"), "config.yaml is missing"),
+    ],
+)
+def test_what_is_left_of_a_run_is_named(
+    lost: Sequence[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "runs" / "good")
+    other = make_run(tmp_path / "runs" / "1", strategy="fedavg", seed=1)
+    for name in lost:
+        (other / name).unlink()
+    job = {"job": 1, "overrides": ["strategy=fedavg"], "exit_code": 1, "message": "out of memory"}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps({"jobs": [job]}))
+    assert main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    for text in (capsys.readouterr().err, (tmp_path / "out" / "results.md").read_text()):
+        assert message in text
+        assert str(other) in text
+        assert "exit code 1: out of memory" in text
+    assert len(find_runs([tmp_path / "runs"])[0]) == 1
+
+
+def test_one_file_of_such_a_name_is_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "good")
+    for name in ("config.yaml", "manifest.json", "summary.json"):
+        (tmp_path / "runs" / name.partition(".")[0]).mkdir()
+        (tmp_path / "runs" / name.partition(".")[0] / name).write_text("{")
+    runs, broken = find_runs([tmp_path])
+    assert (len(runs), broken) == (1, {})
+
+
+@words
+def test_a_completed_run_without_its_rows_is_a_warning(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+    (tmp_path / "runs" / "0" / "metrics.jsonl").unlink()
+    cut = tmp_path / "runs" / "1" / "metrics.jsonl"
+    cut.write_text("".join(line for line in cut.read_text().splitlines(keepends=True) if '"round": 3' not in line))
+    text = compare([tmp_path / "runs"], tmp_path / "out").summary()
+    assert (
+        f"flesd, seed 0: none of 3 rounds ({tmp_path / 'runs' / '0'}); "
+        f"flesd, seed 1: to round 2 of 3 rounds ({tmp_path / 'runs' / '1'})." in text
+    )
+    assert "seed 2: " not in text
+
+
+@words
 def test_out_may_lie_inside_and_a_second_call_finds_the_same(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "a")
     out = tmp_path / "runs" / "report"
@@ -443,6 +497,87 @@ def test_files_that_hold_something_else_are_a_broken_run(file: str, key: str, va
     runs, broken = find_runs([tmp_path])
     assert [run.path.name for run in runs] == ["good"]
     assert "other holds something else than a run" in broken[tmp_path / "other"]
+
+
+ODD = [None, True, -1, 1.5, math.inf, 10**400, "x", [1], {}, {"a": 1}]
+
+
+def replace(path: Path, keys: Sequence[str], value: Any) -> None:
+    """Set the entry `keys` of a JSON or YAML file; of metrics.jsonl, of the rows of the scope `keys[0]`."""
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    rows = path.suffix == ".jsonl"
+    held = [json.loads(line) for line in path.read_text().splitlines()] if rows else [read(path.read_text())]
+    for node in held:
+        if rows and node["scope"] != keys[0]:
+            continue
+        *parents, last = keys[1:] if rows else keys
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in held))
+
+
+@words
+@pytest.mark.parametrize("file", ["summary.json", "manifest.json", "config.yaml", "metrics.jsonl"])
+def test_no_odd_entry_takes_the_others_down(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run for each entry and odd value, all in one report: each is a row of the table or is named as skipped."""
+    whole = make_run(tmp_path / "runs" / "whole", num_rounds=1, families=["a"])
+    held = json.loads((whole / "summary.json").read_text())
+    entries = {
+        "summary.json": [[key] for key in (*held, "simulated_seconds", "notes")]
+        + [["families", "a"], ["families", "a", "num_clients"], ["families", "a", "linear_top1"]],
+        "manifest.json": [["seed"], ["versions"], ["data"], ["data", "digits/train"], ["git"], ["hardware"]],
+        "config.yaml": [["seed"], ["strategy"], ["data"], ["data", "name"], ["federation"]]
+        + [["federation", key] for key in ("families", "report_family", "num_clients", "devices")],
+        "metrics.jsonl": [
+            [scope, key] for scope in ("eval", "client", "round") for key in ("round", "partition", "family")
+        ]
+        + [[scope, "metrics"] for scope in ("eval", "client", "round", "server")]
+        + [["eval", "metrics", "linear_top1"], ["client", "metrics", "loss"], ["server", "metrics", "uplink_bytes"]]
+        + [["round", "metrics", "num_ok"], ["round", "metrics", "failures"]],
+    }[file]
+    for i, keys in enumerate(entries):
+        for j, value in enumerate(ODD):
+            run = tmp_path / "runs" / f"{i}-{j}"
+            shutil.copytree(whole, run)
+            replace(run / file, keys, value)
+            if keys[0] == "server":  # what a summary would answer instead
+                (run / "summary.json").unlink()
+    monkeypatch.setattr("fedssl.report.comparison.Comparison.page", lambda self, out: "")
+    assert main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    skipped = capsys.readouterr().err
+    with (tmp_path / "out" / "results.csv").open() as table:
+        rows = {Path(row["run_dir"]).name for row in csv.DictReader(table)}
+    for run in (tmp_path / "runs").iterdir():
+        assert (run.name in rows) != (f"{run} " in skipped or f"{run}/" in skipped), run.name
+    assert "whole" in rows
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rounds", "x"),
+        ("rounds", [1]),
+        ("rounds", {"a": 1}),
+        ("rounds", math.inf),
+        ("seed", "x"),
+        ("notes", "x"),
+        ("families", {"a": 1}),
+        ("uplink_bytes", 1.5),
+        ("wall_seconds", math.inf),
+        ("linear_top1", "x"),
+    ],
+)
+def test_an_odd_summary_is_named_and_skipped(key: str, value: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "good", seed=0)
+    replace(make_run(tmp_path / "runs" / "other", seed=1) / "summary.json", [key], value)
+    runs, broken = find_runs([tmp_path])
+    assert [run.path.name for run in runs] == ["good"]
+    (reason,) = broken.values()
+    assert reason.startswith(f"{tmp_path / 'runs' / 'other'} holds something else than a run (ValueError: ")
+    assert key.split("_")[0] in reason
 
 
 def test_what_simulated_seconds_are_of_is_said(tmp_path: Path) -> None:
@@ -771,6 +906,48 @@ def test_missing_seeds_and_unfinished_runs_are_named(sweep: Path, tmp_path: Path
         assert f"centralized, seed 0: unfinished after round 3 ({sweep / '12'})" in text
         assert "flesd has no run" not in text
         assert "Not only" not in text
+
+
+@words
+def test_clients_whose_uploads_were_not_merged_are_a_warning(tmp_path: Path) -> None:
+    late = [{"partition": partition, "kind": "late", "reason": "beyond the deadline"} for partition in range(5)]
+    again = {"partition": 0, "kind": "worker_died", "reason": "SIGKILL"}
+    refused = {"partition": 3, "kind": "refused", "reason": "not finite"}
+    make_run(tmp_path / "0", seed=3, failures=dict.fromkeys((1, 2, 3), late))
+    make_run(tmp_path / "1", seed=4, failures={1: [*late[1:3], refused, again]})
+    make_run(tmp_path / "2", seed=5, failures={1: [again]})
+    make_run(tmp_path / "3", seed=6, failures={num: [refused] for num in (1, 2, 3)})
+    (make_run(tmp_path / "4", seed=7, status=None) / "metrics.jsonl").write_text("")
+    comparison = compare([tmp_path], tmp_path / "out")
+    (warning,) = [warning for warning in beside_missing(comparison.sections[0]) if "merged" in warning]
+    assert warning == (
+        "Not every client had its part in the result. "
+        "flesd, seed 3: 0 of 15 client tasks merged (15 late), of 5 partitions none: 0, 1, 2, 3, 1 more; "
+        "flesd, seed 4: 12 of 15 client tasks merged (2 late, 1 refused); "
+        "flesd, seed 6: 12 of 15 client tasks merged (3 refused), of 1 partition none: 3."
+    )
+    for file in ("results.md", "report.html"):
+        assert warning in texts((tmp_path / "out" / file).read_text())
+    with (tmp_path / "out" / "results.csv").open() as file:
+        counts = [[row[f"num_{kind}"] for kind in ("ok", "failed", "late", "refused")] for row in csv.DictReader(file)]
+    expected = [["0", "0", "15", "0"], ["12", "0", "2", "1"], ["15", "0", "0", "0"], ["12", "0", "0", "3"], [""] * 4]
+    assert counts == expected
+    rows = rows_of((tmp_path / "out" / "results.md").read_text(), "## All runs")
+    heads = rows["run"]
+    shown = [row[heads.index("ok") : heads.index("refused") + 1] for row in list(rows.values())[2:]]
+    assert shown == [*expected[:-1], ["–"] * 4]
+
+
+def test_rounds_in_which_nobody_was_there_are_a_warning(tmp_path: Path) -> None:
+    """A strategy without clients asks nobody anyway."""
+    for seed, client in enumerate(({"_target_": "a.Client"}, None)):
+        strategy = {"_target_": "strategies.flesd.FLESD", "client": client}
+        config = {"strategy": strategy, "federation": {"devices": {"availability": 0.1}}}
+        path = make_run(tmp_path / str(seed), seed=seed, config=config) / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"num_ok": 5', '"num_ok": 0'))
+    found = [warning for section in sections_of(tmp_path) for warning in caveats(section) if "asked" in warning]
+    assert len(found) == 1
+    assert found[0].endswith("seed 0: nobody asked in 3 of 3 rounds.")
 
 
 def beside_missing(section: Section) -> list[str]:

@@ -53,7 +53,7 @@ def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), agains
         ConfigError: a path is missing, holds no run, or `out` cannot be a folder; or no run has such a key or group.
     """
     found, broken = find_runs(runs)
-    jobs, unread = find_jobs(runs, [*(run.path for run in found), *broken])
+    jobs, unread = find_jobs(runs, [run.path for run in found])
     comparison = Comparison(
         runs=found, broken=broken | unread, jobs=jobs, sections=sort_runs(found, keys), against=against
     )

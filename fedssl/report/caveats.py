@@ -13,12 +13,15 @@ CONTROLS = ("public_only", "placebo", "best_client", "local_only", "fedavg", "ce
 
 
 def caveats(section: Section) -> list[str]:
-    """What differs beside compared settings and the seed, what did not finish, which seeds are missing or double.
+    """What differs beside compared settings and the seed, what did not finish, what has lost its rows.
+
+    Also whose uploads were not merged, which seeds are missing or double.
 
     And which controls are missing, or are not the same for all runs of a seed.
     """
     return [
-        *_differences(section), *_unfinished(section), *_seeds(section), *_controls(section), *_missing(section),
+        *_differences(section), *_unfinished(section), *_without_rows(section), *_unmerged(section), *_seeds(section),
+        *_controls(section), *_missing(section),
     ]  # fmt: skip
 
 
@@ -78,6 +81,46 @@ def _unfinished(section: Section) -> Iterator[str]:
         yield (
             f"{plural(len(left_out), 'run')} did not complete: not in the means. {'; '.join(named[:MAX_RUNS] + more)}."
         )
+
+
+def _without_rows(section: Section) -> Iterator[str]:
+    """Completed runs of which the summary alone speaks, of all rounds or the last ones."""
+    named = [
+        f"{group.label}, seed {run.seed}: {'none' if run.last_row is None else f'to round {run.last_row}'} "
+        f"of {plural(run.rounds, 'round')} ({run.path})"
+        for group in section.groups
+        for run in group.completed
+        if run.last_row is None or run.last_row < run.rounds
+    ]
+    if named:
+        more = [f"{len(named) - MAX_RUNS} more runs"] if len(named) > MAX_RUNS else []
+        yield (
+            f"Rows are missing in metrics.jsonl: controls, curves and failed clients of these runs are not known, the "
+            f"rest is what summary.json says. {'; '.join(named[:MAX_RUNS] + more)}."
+        )
+
+
+def _unmerged(section: Section) -> Iterator[str]:
+    """Runs that went on without some clients, those that lost the greatest share first."""
+    found: list[tuple[float, str]] = []
+    for group in section.groups:
+        for run in group.runs:
+            asked, merged = sum(run.tasks.values()), run.tasks.get("ok", 0)
+            parts = []
+            if asked > merged:
+                lost = ", ".join(f"{n} {kind}" for kind, n in run.tasks.items() if n and kind != "ok")
+                parts.append(f"{merged} of {plural(asked, 'client task')} merged ({lost})")
+                if never := run.never_merged:
+                    parts.append(f"of {plural(len(never), 'partition')} none: {_listed(list(map(str, never)))}")
+            if idle := run.idle_rounds:
+                parts.append(f"nobody asked in {idle} of {plural(run.rounds, 'round')}")
+            if parts:
+                text = f"{group.label}, seed {run.seed}: {', '.join(parts)}"
+                found.append((merged / asked if asked else 0.0, text))
+    if found:
+        named = [text for _, text in sorted(found, key=lambda item: item[0])]
+        more = [f"{len(named) - MAX_RUNS} more runs"] if len(named) > MAX_RUNS else []
+        yield f"Not every client had its part in the result. {'; '.join(named[:MAX_RUNS] + more)}."
 
 
 def _seeds(section: Section) -> Iterator[str]:

@@ -27,7 +27,7 @@ from fedssl.report.pages import (
     plural,
     render,
 )
-from fedssl.report.runs import HEADLINE, METRICS, Job, PublicMap, Run, flatten
+from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, Job, PublicMap, Run, flatten
 from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section
 from fedssl.report.spread import clients_pictures, spread_table
 from fedssl.tracking import duration
@@ -90,7 +90,9 @@ class Comparison:
             raise ConfigError(f"--against {self.against}: no run is of it. Choose one of: {'; '.join(known)}.")
 
     def frame(self) -> pd.DataFrame:
-        """One row a run: its flattened summary, its directory, and its controls as `<control>.<metric>` columns."""
+        """One row a run: its flattened summary, its directory, how its client tasks ended (`num_<outcome>`), and its
+        controls as `<control>.<metric>` columns.
+        """
         recovered = {run: share for section in self.sections for run, share in section.recovered().items()}
         rows = []
         for run in self.runs:
@@ -98,6 +100,7 @@ class Comparison:
             row |= {"report_family": run.report_family, "seed": run.seed, "rounds": run.rounds}
             row |= {name: run.total(name) for name in ("uplink_bytes", "downlink_bytes")}
             row |= flatten(run.summary)
+            row |= {f"num_{kind}": run.tasks.get(kind) for kind in OUTCOMES}
             row |= {"gap_recovered": recovered[id(run)]} if id(run) in recovered else {}
             row |= {"status": run.status, "strategy": run.strategy, "data": run.data, "run_dir": str(run.path)}
             for control, metrics in run.controls().items():
@@ -105,7 +108,7 @@ class Comparison:
             rows.append(row)
         table = pd.DataFrame(rows)
         first = [name for name in FIRST_COLUMNS if name in table]
-        for name in ("uplink_bytes", "downlink_bytes"):
+        for name in ("uplink_bytes", "downlink_bytes", *(f"num_{kind}" for kind in OUTCOMES)):
             table[name] = table[name].astype("Int64")
         return table[first + [name for name in table if name not in first]]
 
@@ -366,7 +369,7 @@ def _map(caption: str, coordinates: np.ndarray, shares: np.ndarray, plane: Publi
 def _all_runs(runs: Sequence[Run], out: Path | None) -> Table:
     """Every run, finished or not; the directory links to its report where a page in `out` can."""
     shown = [name for name in METRICS if any(name in run.final() for run in runs)]
-    heads = ["run", "status", "strategy", "data", "family", "seed", "rounds"]
+    heads = ["run", "status", "strategy", "data", "family", "seed", "rounds", *OUTCOMES]
     table = Table(heads=[*heads, *(METRICS[name] for name in shown), "up", "down"], num_words=5)
     for run in runs:
         metrics = run.final()
@@ -384,6 +387,7 @@ def _all_runs(runs: Sequence[Run], out: Path | None) -> Table:
                     str(run.report_family or "–"),
                     str(run.seed),
                     str(run.rounds),
+                    *(str(run.tasks.get(kind, "–")) for kind in OUTCOMES),
                     *(accuracy(metrics, name) for name in shown),
                     *("–" if total is None else human_bytes(total) for total in totals),
                 ]

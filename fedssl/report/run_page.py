@@ -294,10 +294,7 @@ def _failures(run: Run) -> tuple[list[dict[str, Any]], str]:
         for row in rounds
         for failure in (row.get("metrics") or {}).get("failures") or []
     ]
-    counts = {
-        kind: sum(int((row.get("metrics") or {}).get(f"num_{kind}") or 0) for row in rounds)
-        for kind in ("ok", "failed", "late", "refused")
-    }
+    counts = run.tasks
     total = sum(counts.values())
     if not rounds:
         return failures, "No round has ended yet."

@@ -39,6 +39,11 @@ INCIDENTAL = (
     *INERT, "grid", "device", "federation.min_replies", "federation.round_timeout", "federation.devices.idle_s",
 )  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
+OUTCOMES = ("ok", "failed", "late", "refused")  # of a client task
+COUNTED = {  # by the scope of a row; beside them a row may hold anything
+    "server": ("uplink_bytes", "downlink_bytes"), "round": tuple(f"num_{kind}" for kind in OUTCOMES),
+}  # fmt: skip
+BESIDE_ROWS = ("config.yaml", "manifest.json", "partition.npz", "summary.json")  # of a run directory
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
 
@@ -130,6 +135,11 @@ class Run:
         """The family that the headline speaks of: the declared one, else the first that was evaluated."""
         return self.declared_family or next(iter(self.families), None)
 
+    @property
+    def last_row(self) -> int | None:
+        """The last round of `metrics.jsonl`; None where it is gone or empty."""
+        return max((row["round"] for row in self.rows), default=None)
+
     @cached_property
     def families(self) -> tuple[str, ...]:
         """All families with an evaluation, in the order of the summary."""
@@ -140,7 +150,7 @@ class Run:
 
     @cached_property
     def eval(self) -> pd.DataFrame:
-        """Rows of scope "eval": columns round, partition, family and one per metric."""
+        """Rows of scope "eval": columns round, partition, family and one per metric that is a number."""
         return self._frame("eval")
 
     @cached_property
@@ -156,7 +166,7 @@ class Run:
     def _frame(self, scope: str) -> pd.DataFrame:
         rows = [
             {"round": row["round"], "partition": row.get("partition"), "family": row.get("family")}
-            | flatten(row.get("metrics") or {})
+            | numbers(flatten(row.get("metrics") or {}))
             for row in self.rows
             if row["scope"] == scope
         ]
@@ -193,6 +203,32 @@ class Run:
         if name not in self.server or self.server[name].isna().any():
             return None
         return float(self.server[name].sum())
+
+    @cached_property
+    def tasks(self) -> dict[str, int]:
+        """How many client tasks ended how, each of `OUTCOMES`, over all rounds; empty where no round has a row."""
+        ended = self._tasks_by_round
+        return {kind: sum(counts[kind] for counts in ended) for kind in OUTCOMES if ended}
+
+    @property
+    def idle_rounds(self) -> int:
+        """Rounds in which clients may be away and nobody was asked, of a strategy that has clients."""
+        node, devices = self.config.get("strategy"), (self.config.get("federation") or {}).get("devices") or {}
+        if not (isinstance(node, Mapping) and node.get("client") and devices.get("availability", 1) < 1):
+            return 0
+        return sum(not any(counts.values()) for counts in self._tasks_by_round)
+
+    @cached_property
+    def _tasks_by_round(self) -> list[dict[str, int]]:
+        rounds = [row.get("metrics") or {} for row in self.rows if row["scope"] == "round"]
+        return [{kind: int(row.get(f"num_{kind}") or 0) for kind in OUTCOMES} for row in rounds]
+
+    @cached_property
+    def never_merged(self) -> list[int]:
+        """Partitions that were asked, and of which no round has merged an upload."""
+        rounds = [row.get("metrics") or {} for row in self.rows if row["scope"] == "round"]
+        asked = {f["partition"] for row in rounds for f in row.get("failures") or [] if f.get("kind") in OUTCOMES}
+        return sorted(asked.difference(self.clients["partition"]))
 
     def client_values(self, family: str, name: str) -> dict[int, float]:
         """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
@@ -281,16 +317,68 @@ def read_run(path: Path) -> Run:
         public_map=_read_public_map(path / "public_map.npz"),
     )
     try:  # files may be whole and hold something else
+        _check(run)
         _ = {run.seed}, run.final(), run.controls(), run.server, run.clients, run.choices, run.setting
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        _ = run.tasks, run.idle_rounds, run.never_merged
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} holds something else than a run ({type(error).__name__}: {error}).") from error
     return run
+
+
+def _check(run: Run) -> None:
+    """That what is read by name is of its kind; of the rest only numbers are looked at.
+
+    Raises:
+        ValueError: an entry is not; the message names it.
+    """
+    summary, federation = run.summary, run.config.get("federation") or {}
+    for name in ("status", "strategy", "data"):
+        _expect(isinstance(summary.get(name, ""), str), f"{name} of summary.json", summary.get(name))
+    for name in ("rounds", "uplink_bytes", "downlink_bytes"):
+        _expect(_is_count(summary.get(name)), f"{name} of summary.json", summary.get(name))
+    for name in ("wall_seconds", "simulated_seconds"):
+        value = summary.get(name)
+        _expect(value is None or numbers({name: value}).get(name, -1) >= 0, f"{name} of summary.json", value)
+    seed = summary.get("seed", run.config.get("seed"))
+    _expect(_is_count(seed), "seed", seed)
+    family = summary.get("report_family")
+    _expect(isinstance(family, str | None), "report_family of summary.json", family)
+    notes, families = summary.get("notes"), summary.get("families")
+    _expect(isinstance(notes, list | None), "notes of summary.json", notes)
+    _expect(isinstance(families, dict | None), "families of summary.json", families)
+    for family, metrics in {"": summary, **(families or {})}.items():
+        where = f"{f'families.{family}' if family else 'metrics'} of summary.json"
+        _expect(isinstance(metrics, dict), where, metrics)
+        _expect(_is_count(metrics.get("num_clients")), f"num_clients, {where}", metrics.get("num_clients"))
+        for name in metrics.keys() & METRICS.keys():
+            _expect(metrics[name] is None or name in numbers(metrics), f"{name}, {where}", metrics[name])
+    _expect(isinstance(federation, dict), "federation of config.yaml", federation)
+    _expect(isinstance(federation.get("families"), list | None), "federation.families", federation.get("families"))
+    family = federation.get("report_family")
+    _expect(isinstance(family, str | None), "federation.report_family", family)
+    for row in run.rows:
+        _expect(_is_count(row["round"]) and row["round"] is not None, "a row's round", row["round"])
+        _expect(_is_count(row.get("partition")), "a row's partition", row.get("partition"))
+        _expect(isinstance(row.get("family"), str | None), "a row's family", row.get("family"))
+        for name in COUNTED.get(row["scope"], ()):
+            value = (row.get("metrics") or {}).get(name)
+            _expect(_is_count(value), f"{name} of a row of scope {row['scope']}", value)
+
+
+def _expect(fits: bool, what: str, value: Any) -> None:
+    if not fits:
+        raise ValueError(f"{what} is {str(value)[:40]!r}")
+
+
+def _is_count(value: Any) -> bool:
+    """Or nothing; what does not fit into 64 bits is none."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63)
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     """All runs at or below `paths`, each once, and the broken directories with the reason.
 
-    A run is a directory with `metrics.jsonl` or `summary.json` beside `config.yaml`; below it there are no others.
+    A run is a directory with `metrics.jsonl`, or with two of `BESIDE_ROWS`; below it there are no others.
 
     Raises:
         ConfigError: a path does not exist, or no run is found.
@@ -302,11 +390,19 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     broken: dict[Path, str] = {}
     for directory in (folder for folder, files in _walk(paths) if _holds_run(files)):
         try:
-            runs.append(read_run(directory))
+            run = read_run(directory)
         except DataError as error:
             broken[directory] = str(error)
+        else:
+            if run.summary or (directory / "metrics.jsonl").exists():
+                runs.append(run)
+            else:
+                broken[directory] = (
+                    f"{directory} ({run.strategy}, seed {run.seed}) has neither metrics.jsonl nor summary.json: "
+                    f"nothing of it was measured yet."
+                )
     if not runs:
-        jobs, unread = find_jobs(paths, broken)
+        jobs, unread = find_jobs(paths, ())
         reasons = [f"skipped: {reason}" for reason in (broken | unread).values()] + [str(job) for job in jobs]
         hint = "".join(f"\n{reason}" for reason in reasons)
         raise ConfigError(
@@ -317,7 +413,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
 
 
 def find_jobs(paths: Sequence[Path], known: Iterable[Path]) -> tuple[list[Job], dict[Path, str]]:
-    """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` directories.
+    """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` runs.
 
     Returns:
         The jobs, and each `sweep.json` that cannot be read with the reason.
@@ -367,7 +463,8 @@ def _walk(paths: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _holds_run(files: Sequence[str]) -> bool:
-    return "metrics.jsonl" in files or ("summary.json" in files and "config.yaml" in files)
+    """Whether they are a run's, whole or not; other folders may well have one file of such a name."""
+    return "metrics.jsonl" in files or sum(name in files for name in BESIDE_ROWS) > 1
 
 
 def tell_apart(settings: Sequence[Mapping[str, str]]) -> list[str]:
