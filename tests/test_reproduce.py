@@ -480,7 +480,28 @@ def test_a_row_that_changed_since_does_not_go_on(tiny: Path, capsys: pytest.Capt
     assert measure(tiny, "averaged", "work")[0] == reproduce.OK
     tiny.write_text(tiny.read_text().replace("client.batch_size=8", "client.batch_size=16"))
     assert measure(tiny, "averaged", "work")[0] == 2
-    assert "holds a run with another client" in capsys.readouterr().err
+    assert "holds a run with client.batch_size 8 and not 16: the row" in capsys.readouterr().err
+
+
+def test_a_row_goes_on_that_began_before_a_setting_came(tiny: Path) -> None:
+    config = compose(rows.load_table(tiny).overrides(rows.load_table(tiny).row("averaged"), shrunken=False))
+    run_dir = tiny.parent / "work" / "averaged" / "run"
+    first = {**config, "federation": {**config["federation"], "num_rounds": 1}}
+    reproduce.advance(first, run_dir, None)
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    saved["federation"]["num_rounds"] = 3
+    del saved["client"]["cpu_amp"], saved["federation"]["keep_replies_after"], saved["federation"]["devices"]["idle_s"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    reproduce.advance(config, run_dir, 0.001)  # which writes what came since
+    now = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (now["federation"]["devices"]["idle_s"], config["federation"]["devices"]["idle_s"]) == (0, 60)
+    assert (now["client"]["cpu_amp"], now["federation"]["keep_replies_after"]) == (False, 30)
+    code, result = measure(tiny, "averaged", "work")
+    assert (code, result["runs"][0]["rounds"]) == (reproduce.OK, 3)
+    saved["federation"]["devices"]["idle_s"] = 7
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match="holds a run with federation.devices.idle_s 7 and not 60"):
+        reproduce.advance(config, run_dir, None)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

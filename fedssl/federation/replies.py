@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**31 - 2**20  # protocol buffers end at 2 GiB
 OF_A_SITTING = ("run_dir", "resume", "replay", "max_seconds", "hydra", "grid", "device")  # a resume may have others
-OF_A_SITTING_WITHIN = {"data": ("root",), "client": ("store",), "federation": ("num_rounds", "report_family")}
+OF_A_SITTING_WITHIN = {
+    "data": ("root",),
+    "client": ("store",),
+    "federation": ("num_rounds", "report_family", "keep_replies_after"),
+}
 
 
 class KeptReplies:
@@ -133,9 +137,14 @@ def stated_seconds(reply: Message) -> float:
     return sum(float(v) for v in stated if isinstance(v, int | float) and 0 < v < math.inf)
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    """sha256 of the settings that a resume cannot change."""
+def of_every_sitting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resume cannot change."""
     kept = {key: value for key, value in config.items() if key not in OF_A_SITTING}
     for group, names in OF_A_SITTING_WITHIN.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in names}
+    return kept
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    kept = of_every_sitting(config)
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

@@ -32,11 +32,11 @@ import yaml
 from bench import rows
 from bench.rows import Row, Table, load_table, read_results
 
-from fedssl.config import compose
+from fedssl.config import compose, fill_in
 from fedssl.errors import ConfigError, FedSSLError
 
 OK, MISSED, STOPPED, INTERRUPTED = 0, 1, 4, 130
-OF_THE_SITTING = ("run_dir", "max_seconds", "grid", "device")  # may differ when a row goes on
+ABSENT = "(absent)"
 KNN_AND_PROBE = ("knn_top1", "linear_top1")
 
 
@@ -103,31 +103,43 @@ def advance(config: Mapping[str, Any], run_dir: Path, max_seconds: float | None)
     began = yaml.safe_load(saved.read_text())
     if differs := _differing(began, config):
         raise ConfigError(
-            f"{run_dir} holds a run with another {', '.join(differs)}: the row or its preset has changed since. Delete "
-            f"the folder to start anew, or name another with --work."
+            f"{run_dir} holds a run with {'; '.join(differs)}: the row or its preset has changed since. Delete the "
+            f"folder to start anew, or name another with --work."
         )
     summary = run_dir / "summary.json"
     if summary.is_file() and json.loads(summary.read_text())["status"] == "completed":
         return dict(json.loads(summary.read_text()))
     goes_on = {**began, "max_seconds": max_seconds, "device": config["device"], "run_dir": str(run_dir)}
+    keep_after = config["federation"]["keep_replies_after"]
+    goes_on["federation"] = {**began["federation"], "keep_replies_after": keep_after}
     if "root" in config["data"]:
         goes_on["data"] = {**began["data"], "root": config["data"]["root"]}
     return simulation.resume(goes_on, run_dir)
 
 
 def _differing(began: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Top-level keys that differ, but for where the images lie and what the run chose itself."""
+    """Settings that differ, with both values.
+
+    None are those of a sitting, those that the run chose itself, and those that came after it began and that it has as
+    conf/as_before.yaml says.
+    """
+    from fedssl.federation.replies import of_every_sitting
+    from fedssl.report.runs import flatten
+
+    chosen = config["federation"]["report_family"] is None
 
     def compared(side: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in side.items() if key not in OF_THE_SITTING}
-        kept["data"] = {key: value for key, value in side["data"].items() if key != "root"}
-        if config["federation"]["report_family"] is None:
-            kept["federation"] = {**side["federation"], "report_family": None}
-        kept["partition"] = {key: value for key, value in side["partition"].items() if key != "path"}
-        return kept
+        federation = {"num_rounds": side["federation"]["num_rounds"]}
+        federation |= {} if chosen else {"report_family": side["federation"]["report_family"]}
+        flat = flatten(of_every_sitting(side)) | flatten({"federation": federation})
+        return {key: value for key, value in flat.items() if key != "partition.path"}
 
-    a, b = compared(began), compared(config)
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    was, now, before = (compared(side) for side in (fill_in(began), config, fill_in(config, over=True)))
+    return [
+        f"{key} {was.get(key, ABSENT)} and not {now.get(key, ABSENT)}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key, ABSENT) not in (now.get(key, ABSENT), before.get(key, ABSENT))
+    ]
 
 
 def rows_written(run_dir: Path, scope: str) -> list[dict[str, Any]]:
