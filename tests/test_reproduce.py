@@ -747,18 +747,59 @@ def test_gpu_tests_run_once_with_the_same_code(tiny: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "a")
     arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
 
-    def sitting() -> tuple[int, int, bool, str]:
-        code = gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", "30"])
+    def sitting(seconds: int = 30) -> tuple[int, int, bool, str]:
+        code = gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", str(seconds)])
         [part] = json.loads((tiny.parent / "o" / "acceptance.json").read_text())["parts"]
         return code, len(ran), part["earlier"], (tiny.parent / "o" / "log.txt").read_text().split("\n")[1]
 
     assert sitting() == (0, 1, False, "sitting 1")
-    assert sitting() == (1, 2, False, "sitting 2")  # the first had no time to end
+    assert gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", "31"]) == 0
+    assert len(ran) == 1  # as little time again
+    assert sitting(60) == (1, 2, False, "sitting 2")
     assert sitting() == (1, 2, True, "sitting 2")  # what failed is still told
     shutil.rmtree(tiny.parent / "w")
     assert sitting() == (1, 2, True, "sitting 2")
     monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "b")
     assert sitting() == (0, 3, False, "sitting 3")
+
+
+def test_a_benchmark_that_is_too_long_starves_no_other(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes 300 s, the others 10; a sitting's share is 200."""
+    clock = [1000.0]
+    ran: list[str] = []
+
+    def run(name: str, command: Any, limit: float, log: Path) -> gpu_acceptance.Part:
+        ran.append(name.removeprefix("benchmark "))
+        needs = 300.0 if ran[-1] == "views" else 10.0
+        clock[0] += min(needs, limit)
+        log.write_text('{"seconds": 1}' if needs <= limit else '{"sec')
+        code, interrupted = (0, False) if needs <= limit else (None, True)
+        return gpu_acceptance.Part(
+            name=name, command=[], code=code, interrupted=interrupted, seconds=1.0, tail=""
+        )
+
+    monkeypatch.setattr(gpu_acceptance, "run", run)
+    monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "a")
+    monkeypatch.setattr(gpu_acceptance.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_acceptance, "machine", lambda: {"missing": [], "python": "3"})
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+
+    def sitting(seconds: int) -> list[str]:
+        ran.clear()
+        more = ["--parts", "benchmarks", "--benchmarks", "views,train,round", "--seconds", str(seconds)]
+        assert gpu_acceptance.main([*arguments, *more]) == 0
+        return list(ran)
+
+    assert sitting(400) == ["views"]
+    shutil.rmtree(tiny.parent / "w")  # what came back is enough
+    assert sitting(400) == ["train", "round"]
+    assert "benchmark views: passed over, 200 s were not enough and 180 s are left" in capsys.readouterr().out
+    assert sitting(430) == []
+    assert sitting(700) == ["views"]
+    results = json.loads((tiny.parent / "o" / "benchmarks.json").read_text())
+    assert results.keys() == {"benchmark-views", "benchmark-train", "benchmark-round"}
 
 
 def test_the_digest_of_the_code_is_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
