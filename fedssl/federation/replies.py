@@ -35,7 +35,8 @@ OF_A_SITTING_WITHIN = {
 
 
 class KeptReplies:
-    """`root/<round>-<partition>.reply`: a line of JSON, then the reply's records in Flower's protocol buffers.
+    """`root/<round>-<partition>.reply`: the sha256 of what follows; a line of JSON; the reply's records in Flower's
+    protocol buffers.
 
     Args:
         root: a folder of its own.
@@ -49,6 +50,9 @@ class KeptReplies:
         self.settings = _settings(config)
         self.after = after
         self.store = store
+        for partial in root.glob(".*.reply.*"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                partial.unlink()
         self.begin(0)
 
     def begin(self, round_num: int) -> None:
@@ -64,9 +68,10 @@ class KeptReplies:
             return None
         try:
             with path.open("rb") as file:
-                head, body = json.loads(file.readline()), file.read()
-            if head["sha256"] != hashlib.sha256(body).hexdigest():
-                raise ValueError("its content has another sha256 than its head says")
+                digest, line, body = file.readline(), file.readline(), file.read()
+            if digest != _sha256_of(line, body):
+                raise ValueError("its content has another sha256 than its first line says")
+            head = json.loads(line)
             if head["request"] != self._digest(partition_id, message):
                 raise ValueError("it answers another message, or is of a run with other settings")
             if head["memory"] and self.round_num not in self.store.versions(partition_id):
@@ -92,14 +97,13 @@ class KeptReplies:
             body = flower_compat.records_to_bytes(reply.content)
             head = {
                 "request": self._digest(partition_id, message),
-                "sha256": hashlib.sha256(body).hexdigest(),
                 "memory": self.round_num in self.store.versions(partition_id),
                 "elapsed_seconds": self.earlier_seconds + time.monotonic() - self.started,
             }
             self.root.mkdir(parents=True, exist_ok=True)
+            line = json.dumps(head).encode() + b"\n"
             with partial.open("wb") as file:
-                file.write(json.dumps(head).encode() + b"\n")
-                file.write(body)
+                file.writelines((_sha256_of(line, body), line, body))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -135,6 +139,12 @@ def stated_seconds(reply: Message) -> float:
     metrics = reply.content.metric_records.get("metrics", MetricRecord())
     stated = (v for k, v in metrics.items() if k == "seconds" or k.endswith("_seconds"))
     return sum(float(v) for v in stated if isinstance(v, int | float) and 0 < v < math.inf)
+
+
+def _sha256_of(line: bytes, body: bytes) -> bytes:
+    sha256 = hashlib.sha256(line)
+    sha256.update(body)
+    return sha256.hexdigest().encode() + b"\n"
 
 
 def of_every_sitting(config: Mapping[str, Any]) -> dict[str, Any]:
