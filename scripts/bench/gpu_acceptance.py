@@ -6,8 +6,8 @@
 Called again with the same --work it goes on where it was: rows go on from their checkpoints, and what has a result in
 --out, or in benchmarks/results, is not measured again; nor are the tests run again with the same code on the same
 machine, unless their time was up. A benchmark, or the tests, whose time was up is passed over until a tenth more is
-offered; benchmarks that were not tried come before one that was. No part ends a later one: each is a process of its own with a
-limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB:
+offered; benchmarks that were not tried come before one that was. No part ends a later one: each is a process of its
+own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB:
 acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them over),
 benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the sitting.
 
@@ -217,6 +217,7 @@ class Acceptance:
 
     @property
     def futile_path(self) -> Path:
+        """Of what was not enough for which part."""
         return self.results / "futile.json"
 
     def worth(self, name: str, limit: float) -> bool:
