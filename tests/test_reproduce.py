@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -500,7 +501,7 @@ def test_a_row_goes_on_that_began_before_a_setting_came(tiny: Path) -> None:
     assert (code, result["runs"][0]["rounds"]) == (reproduce.OK, 3)
     saved["federation"]["devices"]["idle_s"] = 7
     (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
-    with pytest.raises(ConfigError, match="holds a run with federation.devices.idle_s 7 and not 60"):
+    with pytest.raises(ConfigError, match=r"holds a run with federation\.devices.idle_s 7 and not 60"):
         reproduce.advance(config, run_dir, None)
 
 
@@ -576,7 +577,63 @@ def test_results_are_added_to_the_table(tiny: Path, monkeypatch: pytest.MonkeyPa
     (tiny.parent / "brought.json").write_text(json.dumps(brought))
     assert reproduce.main(["--add", str(tiny.parent / "brought.json"), "--rows", str(tiny)]) == 0
     assert [path.name for path in folder.iterdir()] == ["reproduce-averaged.json"]
-    assert "reproduce-alone.json: unfinished, left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "reproduce-averaged.json: added" in said
+    assert "reproduce-alone.json: unfinished, left out" in said
+
+
+A_RESULT: dict[str, Any] = {
+    "name": "averaged", "shrunken": False, "metric": "linear_top1", "epochs": 3, "copy": "as published",
+    "measured": 0.6, "data_sha256": {},
+    "runs": [{"shard": None, "rounds": 3, "num_rounds": 3, "measured": 0.6, "untrained": 0.1}],
+}  # fmt: skip
+
+
+def test_only_results_of_the_rows_settings_are_added(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = rows.load_table(tiny)
+    good = {**A_RESULT, "overrides": table.overrides(table.row("averaged"), shrunken=False)}
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent / "results")
+    rows.RESULTS.mkdir()
+    kept = rows.RESULTS / "reproduce-averaged.json"
+    brought = tiny.parent / "brought.json"
+
+    def add(content: Any) -> tuple[int, str]:
+        brought.write_text(json.dumps(content))
+        code = reproduce.main(["--add", str(brought), "--rows", str(tiny)])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    assert add({kept.name: good})[0] == 0
+    before = kept.read_text()
+    for other in ({"overrides": ["x"]}, {"metric": "knn_top1"}, {"shrunken": True}, {"changed": True}):
+        code, said = add({kept.name: {**good, "measured": 0.99, **other}})
+        assert (code, kept.read_text()) == (0, before), other
+        assert "made with other settings than the row has now, left out" in said
+    for content, message in (
+        ([], "must hold a mapping of file names to results"),
+        ({kept.name: {"measured": 0.99, "overrides": ["x"]}}, "it lacks name, shrunken, metric"),
+        ({kept.name: {**good, "measured": "much"}}, "it lacks measured, or has another type"),
+        (
+            {kept.name: {**good, "measured": 0.99}, "reproduce-alone.json": []},
+            "reproduce-alone.json in .*it lacks name",
+        ),
+        ({kept.name: {**good, "runs": [{}]}}, "it lacks shard, rounds, num_rounds"),
+    ):
+        code, said = add(content)
+        assert (code, kept.read_text()) == (2, before), content
+        assert re.search(message, said)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "{"])
+def test_a_result_that_is_none_is_named(
+    content: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent)
+    (tiny.parent / "reproduce-averaged.json").write_text(content)
+    assert reproduce.main(["--list", "--rows", str(tiny)]) == 2
+    assert str(tiny.parent / "reproduce-averaged.json") in capsys.readouterr().err
 
 
 def test_an_ordering_is_judged_strictly() -> None:
@@ -776,9 +833,7 @@ def test_a_benchmark_that_is_too_long_starves_no_other(
         clock[0] += min(needs, limit)
         log.write_text('{"seconds": 1}' if needs <= limit else '{"sec')
         code, interrupted = (0, False) if needs <= limit else (None, True)
-        return gpu_acceptance.Part(
-            name=name, command=[], code=code, interrupted=interrupted, seconds=1.0, tail=""
-        )
+        return gpu_acceptance.Part(name=name, command=[], code=code, interrupted=interrupted, seconds=1.0, tail="")
 
     monkeypatch.setattr(gpu_acceptance, "run", run)
     monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "a")

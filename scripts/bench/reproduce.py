@@ -420,20 +420,33 @@ def show(table: Table) -> None:
 
 
 def add(path: Path, table: Table) -> None:
-    """Write the results in `path` (by file name) to benchmarks/results, whole ones only."""
+    """Write the results in `path` (by file name) to benchmarks/results: whole ones with the rows' settings of today.
+
+    Raises:
+        ConfigError: the file, or one of its results, is none; then nothing is written.
+    """
     from fedssl.tracking import write_json
 
-    known = {row.file(shrunken) for row in table.rows.values() for shrunken in (False, True)}
-    try:
-        brought = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the results in {path}: {error}") from error
+    known = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
+    brought = rows.read_json(path)
+    if not isinstance(brought, dict):
+        raise ConfigError(f"{path} must hold a mapping of file names to results, as the rows.json of gpu_acceptance")
     for name, result in brought.items():
         if name not in known:
             raise ConfigError(f"{path} has a result {name}, which is of no row in benchmarks/rows.yaml")
-        if rows.is_measured(result):
+        rows.checked(result, f"{name} in {path}")
+    for name, result in brought.items():
+        if (
+            result.get("changed")
+            or name != known[name].file(result["shrunken"])
+            or not table.is_of(known[name], result)
+        ):
+            print(f"{name}: made with other settings than the row has now, left out")
+        elif not rows.is_measured(result):
+            print(f"{name}: unfinished, left out")
+        else:
             write_json(rows.RESULTS / name, result)
-        print(f"{name}: {'added' if rows.is_measured(result) else 'unfinished, left out'}")
+            print(f"{name}: added")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

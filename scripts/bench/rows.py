@@ -17,6 +17,14 @@ ROWS = ROOT / "benchmarks" / "rows.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "published.md"
 README = ROOT / "README.md"
+NEEDED = {
+    "name": str, "shrunken": bool, "overrides": list, "metric": str, "epochs": int, "copy": str,
+    "measured": float | int | None, "runs": list, "data_sha256": dict,
+}  # fmt: skip
+NEEDED_OF_RUN = {
+    "shard": int | None, "rounds": int, "num_rounds": int, "measured": float | int | None,
+    "untrained": float | int | None,
+}  # fmt: skip
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
 
 
@@ -115,17 +123,52 @@ def load_table(path: Path = ROWS) -> Table:
     return table
 
 
+def read_json(path: Path) -> Any:
+    """What the file holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}. Delete it, or bring it back.") from error
+
+
+def checked(result: Any, where: str) -> dict[str, Any]:
+    """The result, if it has what the table needs.
+
+    Raises:
+        ConfigError: it lacks a key, or has a value of another type; the message begins with `where`.
+    """
+    runs = result.get("runs") if isinstance(result, dict) else None
+    for node, needed in ((result, NEEDED), *((run, NEEDED_OF_RUN) for run in (runs if isinstance(runs, list) else ()))):
+        wrong = [
+            key
+            for key, kind in needed.items()
+            if not (isinstance(node, dict) and key in node and isinstance(node[key], kind))
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{where} is no result of scripts/reproduce: it lacks {', '.join(wrong)}, or has another type"
+            )
+    return dict(result)
+
+
 def read_results(table: Table, *folders: Path) -> dict[str, dict[str, Any]]:
     """The results of the table's rows by file name; of two folders that hold one, the last counts.
 
     One that was made with other settings than the row's has `changed`, and nothing measured.
+
+    Raises:
+        ConfigError: one cannot be read, or is none.
     """
     names = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
     found = {}
     for folder in folders:
         for path in sorted(folder.glob("reproduce-*.json")):
             if path.name in names:
-                result = json.loads(path.read_text())
+                result = checked(read_json(path), str(path))
                 current = table.is_of(names[path.name], result)
                 found[path.name] = result if current else {**result, "measured": None, "changed": True}
     return found
