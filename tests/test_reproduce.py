@@ -204,6 +204,22 @@ def test_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
             rows.load_table(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have the lists rows, cpu, orderings; rows, cpu, orderings is none or missing"),
+        ("{rows: [], cpu: []}", "orderings is none or missing"),
+        ("{rows: [a], cpu: [], orderings: []}", "rows holds 'a'; each needs name"),
+        ("{rows: [], cpu: [], orderings: [{what: x}]}", "each needs rows, what"),
+    ],
+)
+def test_a_file_of_no_rows_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(path))}.*{message}"):
+        rows.load_table(path)
+
+
 # --- tiny rows --------------------------------------------------------------------------------------------------------
 TINY = [o for o in SMALL if not o.startswith(("grid", "federation.families"))] + ["federation.families=[conv4_4]"]
 
@@ -484,6 +500,19 @@ def test_a_row_that_changed_since_does_not_go_on(tiny: Path, capsys: pytest.Capt
     assert "holds a run with client.batch_size 8 and not 16: the row" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("content", "message"), [("", "cannot read"), ("{}", "no summary"), ("[]", "no summary")])
+def test_a_damaged_summary_is_named(
+    content: str, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.parent / "work" / "averaged" / "run" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert measure(tiny, "averaged", "work")[0] == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(path) in said
+
+
 def test_a_row_goes_on_that_began_before_a_setting_came(tiny: Path) -> None:
     config = compose(rows.load_table(tiny).overrides(rows.load_table(tiny).row("averaged"), shrunken=False))
     run_dir = tiny.parent / "work" / "averaged" / "run"
@@ -493,6 +522,7 @@ def test_a_row_goes_on_that_began_before_a_setting_came(tiny: Path) -> None:
     saved["federation"]["num_rounds"] = 3
     del saved["client"]["cpu_amp"], saved["federation"]["keep_replies_after"], saved["federation"]["devices"]["idle_s"]
     (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    (run_dir / "summary.json").unlink()
     reproduce.advance(config, run_dir, 0.001)  # which writes what came since
     now = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert (now["federation"]["devices"]["idle_s"], config["federation"]["devices"]["idle_s"]) == (0, 60)

@@ -106,9 +106,8 @@ def advance(config: Mapping[str, Any], run_dir: Path, max_seconds: float | None)
             f"{run_dir} holds a run with {'; '.join(differs)}: the row or its preset has changed since. Delete the "
             f"folder to start anew, or name another with --work."
         )
-    summary = run_dir / "summary.json"
-    if summary.is_file() and json.loads(summary.read_text())["status"] == "completed":
-        return dict(json.loads(summary.read_text()))
+    if (summary := summary_of(run_dir)).get("status") == "completed":
+        return summary
     goes_on = {**began, "max_seconds": max_seconds, "device": config["device"], "run_dir": str(run_dir)}
     keep_after = config["federation"]["keep_replies_after"]
     goes_on["federation"] = {**began["federation"], "keep_replies_after": keep_after}
@@ -140,6 +139,19 @@ def _differing(began: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
         for key in sorted(was.keys() | now.keys())
         if was.get(key, ABSENT) not in (now.get(key, ABSENT), before.get(key, ABSENT))
     ]
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """What summary.json holds; {} where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = run_dir / "summary.json"
+    summary = rows.read_json(path) if path.is_file() else {}
+    if path.is_file() and not (isinstance(summary, dict) and {"status", "wall_seconds"} <= summary.keys()):
+        raise ConfigError(f"{path} is no summary of a run. Delete it: the run goes on from its newest checkpoint.")
+    return dict(summary)
 
 
 def rows_written(run_dir: Path, scope: str) -> list[dict[str, Any]]:
@@ -185,10 +197,10 @@ def seconds_needed(job: Job, jobs: Sequence[Job], work: Path) -> float:
     if own := longest_piece(work / job.name, keep_after):
         return own
     for other in reversed(jobs):
-        summary = work / other.name / "summary.json"
-        if (piece := longest_piece(work / other.name, keep_after)) and summary.is_file():
+        summary = summary_of(work / other.name)
+        if summary and (piece := longest_piece(work / other.name, keep_after)):
             rounds = sum(row["metrics"]["seconds"] for row in rows_written(work / other.name, "server"))
-            return piece + max(0.0, json.loads(summary.read_text())["wall_seconds"] - rounds)  # its start
+            return piece + max(0.0, summary["wall_seconds"] - rounds)  # its start
     return 0.0
 
 
@@ -223,9 +235,7 @@ def untrained(run_dir: Path, family: str, metric: str) -> float | None:
 
 def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
     """A run's line in the result, whether it has ended or not."""
-    summary: dict[str, Any] = {}
-    if (run_dir / "summary.json").is_file():
-        summary = json.loads((run_dir / "summary.json").read_text())
+    summary = summary_of(run_dir)
     whole = summary.get("status") == "completed"
     if whole and row.metric not in summary:
         raise ConfigError(f"row {row.name}: the run has no metric {row.metric!r}; it has {', '.join(summary)}")
@@ -311,7 +321,7 @@ def result_of(
     values = [run["measured"] for run in runs]
     measured = mean(values) if None not in values else None
     manifests = [work / job.name / "manifest.json" for job in jobs]
-    found = [json.loads(path.read_text()) for path in manifests if path.is_file()]
+    found = [rows.read_json(path) for path in manifests if path.is_file()]
     began = found[0] if found else {}
     if any(rows.images(manifest["data"]) != rows.images(began["data"]) for manifest in found):
         raise ConfigError(

@@ -99,12 +99,20 @@ def load_table(path: Path = ROWS) -> Table:
     """Read the rows.
 
     Raises:
-        ConfigError: the file is missing, or a row lacks a key, has an unknown one or names a row that there is not.
+        ConfigError: the file is missing or holds no rows, or a row lacks a key, has an unknown one or names a row that
+            there is not.
     """
     try:
         text = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the rows in {path}: {error}") from error
+    lists = ("rows", "cpu", "orderings")
+    if wrong := [key for key in lists if not (isinstance(text, Mapping) and isinstance(text.get(key), list))]:
+        raise ConfigError(f"{path} must have the lists {', '.join(lists)}; {', '.join(wrong)} is none or missing")
+    for key, needed in (("rows", {"name"}), ("orderings", {"what", "rows"})):
+        for entry in text[key]:
+            if not (isinstance(entry, Mapping) and needed <= entry.keys()):
+                raise ConfigError(f"{path}: {key} holds {entry!r}; each needs {', '.join(sorted(needed))}")
     known = {field.name for field in fields(Row)}
     rows: dict[str, Row] = {}
     for entry in text["rows"]:
