@@ -286,6 +286,7 @@ def test_a_row_that_was_stopped_and_killed_has_the_result_of_one_that_was_not(ti
     assert (stopped["measured"], stopped["holds"]) == (None, None)
     assert 1 <= stopped["runs"][0]["rounds"] < 3
     assert stopped["runs"][0]["status"] in ("interrupted", "stopped")
+    assert stopped["seconds"] == stopped["runs"][0]["seconds"] > 0
     code, resumed = measure(tiny, "averaged", "killed")
     assert code == reproduce.OK
     assert without_clock(resumed) == without_clock(whole)
@@ -358,6 +359,26 @@ def test_an_attempt_that_got_nowhere_is_remembered(tiny: Path, capsys: Any) -> N
     output.write_text(json.dumps(result))
     _, again = measure(tiny, "alone", "work", "--seconds", "3")
     assert [a["rounds"] for a in again["runs"][0]["attempts"]] == [0]
+
+
+def test_time_that_is_spent_before_a_run_begins_got_nowhere_too(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    jobs_of = reproduce.jobs_of
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2.0)
+        return jobs_of(*args, **kwargs)
+
+    monkeypatch.setattr(reproduce, "jobs_of", slow)
+    for _ in range(2):
+        code, result = measure(tiny, "averaged", "work", "--seconds", "2")
+        assert (code, [a["seconds"] for a in result["runs"][0]["attempts"]]) == (reproduce.STOPPED, [2.0])
+        assert "round 1 got nowhere in 2 s; call again with more time" in capsys.readouterr().out
+    monkeypatch.setattr(reproduce, "advance", lambda *_: time.sleep(60))
+    code, result = measure(tiny, "averaged", "work", "--seconds", "4")
+    assert code == reproduce.STOPPED
+    assert 4 <= result["runs"][0]["attempts"][-1]["seconds"] < 15
 
 
 def test_a_round_that_is_longer_than_a_sitting_ends(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -501,9 +522,7 @@ def test_a_row_that_changed_since_does_not_go_on(tiny: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "cannot read"), ("{}", "no summary"), ("[]", "no summary")])
-def test_a_damaged_summary_is_named(
-    content: str, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_summary_is_named(content: str, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.parent / "work" / "averaged" / "run" / "summary.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -679,6 +698,14 @@ def test_an_ordering_is_judged_strictly() -> None:
     results[TABLE.row("fedema20_fedbyol").file(True)]["runs"] = [{"untrained": 0.4}]
     said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
     assert said[0].endswith(": says nothing, no better than untrained: fedema20_fedbyol")
+
+
+def test_an_ordering_of_rows_that_were_shrunken_onto_other_images_says_so() -> None:
+    said = [
+        line for line in rows.ordering_lines(TABLE, {}) if line.startswith("FLESD over FedAvg at 2 rounds, CIFAR-100")
+    ]
+    assert [line.split(": ")[0].partition("alpha 1")[2] for line in said] == ["", " (shrunken, CPU, on cifar10)"]
+    assert any("20 rounds (shrunken, CPU): " in line for line in rows.ordering_lines(TABLE, {}))
 
 
 def test_the_pages_agree_with_the_results() -> None:

@@ -7,9 +7,10 @@ Called again with the same --work it goes on where it was: rows go on from their
 --out, or in benchmarks/results, is not measured again; nor are the tests run again with the same code on the same
 machine, unless their time was up. A benchmark, or the tests, whose time was up is passed over until a tenth more is
 offered; benchmarks that were not tried come before one that was. No part ends a later one: each is a process of its
-own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB:
-acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them over),
-benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the sitting.
+own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most
+16 MiB: acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them
+over), benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the
+sitting.
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one

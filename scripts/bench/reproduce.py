@@ -242,19 +242,25 @@ def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
     return {
         "shard": job.shard,
         "status": summary.get("status", "not started" if not run_dir.is_dir() else "interrupted"),
-        "rounds": summary.get("rounds", rounds_kept(run_dir)),
+        "rounds": max(summary.get("rounds", 0), rounds_kept(run_dir)),
         "replies": 0 if whole else len(list((run_dir / "checkpoints" / "replies").glob("[0-9]*.reply"))),
         "num_rounds": job.config["federation"]["num_rounds"],
         "measured": summary[row.metric] if whole else None,
         "untrained": untrained(run_dir, summary["report_family"], row.metric) if whole else None,
         "metrics": {name: summary[name] for name in KNN_AND_PROBE if name in summary} if whole else {},
-        "seconds": summary.get("wall_seconds", 0.0),
+        "seconds": max(summary.get("wall_seconds", 0.0), seconds_kept(run_dir)),
     }
 
 
 def rounds_kept(run_dir: Path) -> int:
     """The round of the newest checkpoint; 0 where there is none."""
     return max((int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
+
+
+def seconds_kept(run_dir: Path) -> float:
+    """What the newest checkpoint says that the run took until then; 0 where there is none."""
+    path = run_dir / "checkpoints" / f"{rounds_kept(run_dir):05d}" / "progress.json"
+    return float(rows.read_json(path)["wall_seconds"]) if path.is_file() else 0.0
 
 
 def copy_of(config: Mapping[str, Any]) -> str:
@@ -377,26 +383,30 @@ def reproduce(
         return result
 
     code = OK
+    begun = started  # what was spent before its first run counts as that run's
     try:
         for job, run in zip(jobs, written()["runs"], strict=True):
             if run["status"] == "completed":
                 advance(job.config, work / job.name, None)  # nothing to do, but it refuses a run with other settings
                 continue
             left = None if seconds is None else seconds - (time.monotonic() - started)
+            offered = None if seconds is None else seconds - (begun - started)
             needed = seconds_needed(job, jobs, work)
-            if left is not None and left <= max(needed, rows.tried(run)):
+            attempt = {"rounds": run["rounds"], "replies": run["replies"], "seconds": offered}
+            if left is not None and offered is not None and (left <= needed or offered <= rows.tried(run)):
+                if left <= 0 and begun == started and offered > rows.tried(run):
+                    attempts.setdefault(job.name, []).append(attempt)  # all was spent before it began
                 code = STOPPED
                 break
-            attempt = {"rounds": run["rounds"], "replies": run["replies"], "seconds": left}
             attempts.setdefault(job.name, []).append(attempt)
             machines.append(here())
             written()  # a kill leaves this one
-            began = time.monotonic()
             try:
                 with interrupted_after(left):
                     status = advance(job.config, work / job.name, None if left is None else left - needed)["status"]
             finally:
-                attempt["seconds"] = time.monotonic() - began
+                attempt["seconds"] = time.monotonic() - begun
+                begun = time.monotonic()
             if status != "completed":
                 code = STOPPED
                 break

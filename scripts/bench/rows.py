@@ -278,7 +278,8 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
     out = []
     for ordering in table.orderings:
         for shrunken in (False, True):
-            found = [results.get(table.row(name).file(shrunken)) for name in ordering["rows"]]
+            chosen = [table.row(name) for name in ordering["rows"]]
+            found = [results.get(row.file(shrunken)) for row in chosen]
             known = [result for result in found if result and is_measured(result)]
             values = [result["measured"] for result in known]
             chain = " < ".join(
@@ -290,8 +291,19 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
                 said = "not measured"
             elif idle := [r["name"] for r in known if r["measured"] <= (untrained(r) or 0)]:
                 said = f"says nothing, no better than untrained: {', '.join(idle)}"
-            out.append(f"{ordering['what']}{' (shrunken, CPU)' if shrunken else ''}: {chain}: {said}")
+            size = f" (shrunken, CPU{_other_data(table, chosen)})" if shrunken else ""
+            out.append(f"{ordering['what']}{size}: {chain}: {said}")
     return out
+
+
+def _other_data(table: Table, chosen: Sequence[Row]) -> str:
+    """ ", on X" where the shrunken rows run on other images than the full ones."""
+    given = [
+        [next((o for o in table.overrides(row, shrunken=size) if o.startswith("data=")), "") for row in chosen]
+        for size in (False, True)
+    ]
+    small = sorted({b.removeprefix("data=") for a, b in zip(*given, strict=True) if a != b})
+    return f", on {', '.join(small)}" if small else ""
 
 
 def markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
