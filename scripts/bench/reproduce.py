@@ -456,14 +456,11 @@ def add(path: Path, table: Table) -> None:
             raise ConfigError(f"{path} has a result {name}, which is of no row in benchmarks/rows.yaml")
         rows.checked(result, f"{name} in {path}")
     for name, result in brought.items():
-        if (
-            result.get("changed")
-            or name != known[name].file(result["shrunken"])
-            or not table.is_of(known[name], result)
-        ):
-            print(f"{name}: made with other settings than the row has now, left out")
-        elif not rows.is_measured(result):
+        row = known[name]
+        if not (rows.is_measured(result) or result.get("changed")):
             print(f"{name}: unfinished, left out")
+        elif result.get("changed") or name != row.file(result["shrunken"]) or not table.is_of(row, result):
+            print(f"{name}: made with other settings than the row has now, left out")
         else:
             write_json(rows.RESULTS / name, result)
             print(f"{name}: added")
