@@ -171,11 +171,16 @@ def _named_source(
     return {str(key): value for key, value in resolved.items()}
 
 
-def fill_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as a run has saved it, with the settings that have come since (conf/as_before.yaml)."""
+def fill_in(config: Mapping[str, Any], *, over: bool = False) -> dict[str, Any]:
+    """A configuration as a run has saved it, with the settings that have come since (conf/as_before.yaml).
+
+    Args:
+        config: resolved.
+        over: also those that it has: a configuration of today as a run from before would have it.
+    """
     as_before = _as_before()
-    filled = _filled(config, as_before["keys"])
-    return {key: _of_targets(value, as_before["targets"]) for key, value in filled.items()}
+    filled = _filled(config, as_before["keys"], over)
+    return {key: _of_targets(value, as_before["targets"], over) for key, value in filled.items()}
 
 
 @cache
@@ -184,17 +189,18 @@ def _as_before() -> dict[str, Any]:
     return node
 
 
-def _filled(saved: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
-    added = {key: copy.deepcopy(value) for key, value in node.items() if key not in saved}
+def _filled(saved: Mapping[str, Any], node: Mapping[str, Any], over: bool) -> dict[str, Any]:
+    added = {key: copy.deepcopy(value) for key, value in node.items() if over or key not in saved}
     both = [key for key in node if isinstance(node[key], Mapping) and isinstance(saved.get(key), Mapping)]
-    return {**saved, **added, **{key: _filled(saved[key], node[key]) for key in both}}
+    return {**saved, **added, **{key: _filled(saved[key], node[key], over) for key in both}}
 
 
-def _of_targets(node: Any, targets: Mapping[str, Mapping[str, Any]]) -> Any:
+def _of_targets(node: Any, targets: Mapping[str, Mapping[str, Any]], over: bool) -> Any:
     if isinstance(node, Mapping):
         added = targets.get(str(node.get("_target_")), {})
-        return {**added, **{key: _of_targets(value, targets) for key, value in node.items()}}
-    return [_of_targets(value, targets) for value in node] if isinstance(node, list) else node
+        own = {key: _of_targets(value, targets, over) for key, value in node.items()}
+        return {**own, **added} if over else {**added, **own}
+    return [_of_targets(value, targets, over) for value in node] if isinstance(node, list) else node
 
 
 def overridden(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

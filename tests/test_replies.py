@@ -270,6 +270,7 @@ def test_a_reply_to_something_else_is_not_served(tmp_path: Path, caplog: pytest.
         lambda data: data[:-1] + bytes([data[-1] ^ 1]),
         lambda data: data.replace(b'"memory": false', b'"memory": "?"'),
         lambda data: data.replace(b"elapsed_seconds", b"elapsed"),
+        lambda data: data.replace(b'"elapsed_seconds": ', b'"elapsed_seconds": 1000000'),
     ],
 )
 def test_a_damaged_file_is_named_and_not_used(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -279,6 +280,14 @@ def test_a_damaged_file_is_named_and_not_used(damage: Any, tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         assert kept(tmp_path).serve(2, message()) is None
     assert f"the kept reply {path} is not used, its client trains again" in caplog.text
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    kept(tmp_path).keep(2, message(), reply_to(message()))
+    half = tmp_path / "replies" / ".00002-3.reply.4711"
+    half.write_bytes(b"half")
+    assert kept(tmp_path).serve(2, message()) is not None
+    assert [path.name for path in half.parent.iterdir()] == ["00002-2.reply"]
 
 
 def test_bytes_that_are_no_records() -> None:

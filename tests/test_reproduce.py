@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -203,6 +204,22 @@ def test_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
             rows.load_table(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have the lists rows, cpu, orderings; rows, cpu, orderings is none or missing"),
+        ("{rows: [], cpu: []}", "orderings is none or missing"),
+        ("{rows: [a], cpu: [], orderings: []}", "rows holds 'a'; each needs name"),
+        ("{rows: [], cpu: [], orderings: [{what: x}]}", "each needs rows, what"),
+    ],
+)
+def test_a_file_of_no_rows_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(path))}.*{message}"):
+        rows.load_table(path)
+
+
 # --- tiny rows --------------------------------------------------------------------------------------------------------
 TINY = [o for o in SMALL if not o.startswith(("grid", "federation.families"))] + ["federation.families=[conv4_4]"]
 
@@ -269,6 +286,7 @@ def test_a_row_that_was_stopped_and_killed_has_the_result_of_one_that_was_not(ti
     assert (stopped["measured"], stopped["holds"]) == (None, None)
     assert 1 <= stopped["runs"][0]["rounds"] < 3
     assert stopped["runs"][0]["status"] in ("interrupted", "stopped")
+    assert stopped["seconds"] == stopped["runs"][0]["seconds"] > 0
     code, resumed = measure(tiny, "averaged", "killed")
     assert code == reproduce.OK
     assert without_clock(resumed) == without_clock(whole)
@@ -341,6 +359,26 @@ def test_an_attempt_that_got_nowhere_is_remembered(tiny: Path, capsys: Any) -> N
     output.write_text(json.dumps(result))
     _, again = measure(tiny, "alone", "work", "--seconds", "3")
     assert [a["rounds"] for a in again["runs"][0]["attempts"]] == [0]
+
+
+def test_time_that_is_spent_before_a_run_begins_got_nowhere_too(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    jobs_of = reproduce.jobs_of
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2.0)
+        return jobs_of(*args, **kwargs)
+
+    monkeypatch.setattr(reproduce, "jobs_of", slow)
+    for _ in range(2):
+        code, result = measure(tiny, "averaged", "work", "--seconds", "2")
+        assert (code, [a["seconds"] for a in result["runs"][0]["attempts"]]) == (reproduce.STOPPED, [2.0])
+        assert "round 1 got nowhere in 2 s; call again with more time" in capsys.readouterr().out
+    monkeypatch.setattr(reproduce, "advance", lambda *_: time.sleep(60))
+    code, result = measure(tiny, "averaged", "work", "--seconds", "4")
+    assert code == reproduce.STOPPED
+    assert 4 <= result["runs"][0]["attempts"][-1]["seconds"] < 15
 
 
 def test_a_round_that_is_longer_than_a_sitting_ends(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -480,7 +518,40 @@ def test_a_row_that_changed_since_does_not_go_on(tiny: Path, capsys: pytest.Capt
     assert measure(tiny, "averaged", "work")[0] == reproduce.OK
     tiny.write_text(tiny.read_text().replace("client.batch_size=8", "client.batch_size=16"))
     assert measure(tiny, "averaged", "work")[0] == 2
-    assert "holds a run with another client" in capsys.readouterr().err
+    assert "holds a run with client.batch_size 8 and not 16: the row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "cannot read"), ("{}", "no summary"), ("[]", "no summary")])
+def test_a_damaged_summary_is_named(content: str, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.parent / "work" / "averaged" / "run" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert measure(tiny, "averaged", "work")[0] == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(path) in said
+
+
+def test_a_row_goes_on_that_began_before_a_setting_came(tiny: Path) -> None:
+    config = compose(rows.load_table(tiny).overrides(rows.load_table(tiny).row("averaged"), shrunken=False))
+    run_dir = tiny.parent / "work" / "averaged" / "run"
+    first = {**config, "federation": {**config["federation"], "num_rounds": 1}}
+    reproduce.advance(first, run_dir, None)
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    saved["federation"]["num_rounds"] = 3
+    del saved["client"]["cpu_amp"], saved["federation"]["keep_replies_after"], saved["federation"]["devices"]["idle_s"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    (run_dir / "summary.json").unlink()
+    reproduce.advance(config, run_dir, 0.001)  # which writes what came since
+    now = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (now["federation"]["devices"]["idle_s"], config["federation"]["devices"]["idle_s"]) == (0, 60)
+    assert (now["client"]["cpu_amp"], now["federation"]["keep_replies_after"]) == (False, 30)
+    code, result = measure(tiny, "averaged", "work")
+    assert (code, result["runs"][0]["rounds"]) == (reproduce.OK, 3)
+    saved["federation"]["devices"]["idle_s"] = 7
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=r"holds a run with federation\.devices.idle_s 7 and not 60"):
+        reproduce.advance(config, run_dir, None)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -555,7 +626,63 @@ def test_results_are_added_to_the_table(tiny: Path, monkeypatch: pytest.MonkeyPa
     (tiny.parent / "brought.json").write_text(json.dumps(brought))
     assert reproduce.main(["--add", str(tiny.parent / "brought.json"), "--rows", str(tiny)]) == 0
     assert [path.name for path in folder.iterdir()] == ["reproduce-averaged.json"]
-    assert "reproduce-alone.json: unfinished, left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "reproduce-averaged.json: added" in said
+    assert "reproduce-alone.json: unfinished, left out" in said
+
+
+A_RESULT: dict[str, Any] = {
+    "name": "averaged", "shrunken": False, "metric": "linear_top1", "epochs": 3, "copy": "as published",
+    "measured": 0.6, "data_sha256": {},
+    "runs": [{"shard": None, "rounds": 3, "num_rounds": 3, "measured": 0.6, "untrained": 0.1}],
+}  # fmt: skip
+
+
+def test_only_results_of_the_rows_settings_are_added(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = rows.load_table(tiny)
+    good = {**A_RESULT, "overrides": table.overrides(table.row("averaged"), shrunken=False)}
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent / "results")
+    rows.RESULTS.mkdir()
+    kept = rows.RESULTS / "reproduce-averaged.json"
+    brought = tiny.parent / "brought.json"
+
+    def add(content: Any) -> tuple[int, str]:
+        brought.write_text(json.dumps(content))
+        code = reproduce.main(["--add", str(brought), "--rows", str(tiny)])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    assert add({kept.name: good})[0] == 0
+    before = kept.read_text()
+    for other in ({"overrides": ["x"]}, {"metric": "knn_top1"}, {"shrunken": True}, {"changed": True}):
+        code, said = add({kept.name: {**good, "measured": 0.99, **other}})
+        assert (code, kept.read_text()) == (0, before), other
+        assert "made with other settings than the row has now, left out" in said
+    for content, message in (
+        ([], "must hold a mapping of file names to results"),
+        ({kept.name: {"measured": 0.99, "overrides": ["x"]}}, "it lacks name, shrunken, metric"),
+        ({kept.name: {**good, "measured": "much"}}, "it lacks measured, or has another type"),
+        (
+            {kept.name: {**good, "measured": 0.99}, "reproduce-alone.json": []},
+            "reproduce-alone.json in .*it lacks name",
+        ),
+        ({kept.name: {**good, "runs": [{}]}}, "it lacks shard, rounds, num_rounds"),
+    ):
+        code, said = add(content)
+        assert (code, kept.read_text()) == (2, before), content
+        assert re.search(message, said)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "{"])
+def test_a_result_that_is_none_is_named(
+    content: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent)
+    (tiny.parent / "reproduce-averaged.json").write_text(content)
+    assert reproduce.main(["--list", "--rows", str(tiny)]) == 2
+    assert str(tiny.parent / "reproduce-averaged.json") in capsys.readouterr().err
 
 
 def test_an_ordering_is_judged_strictly() -> None:
@@ -571,6 +698,14 @@ def test_an_ordering_is_judged_strictly() -> None:
     results[TABLE.row("fedema20_fedbyol").file(True)]["runs"] = [{"untrained": 0.4}]
     said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
     assert said[0].endswith(": says nothing, no better than untrained: fedema20_fedbyol")
+
+
+def test_an_ordering_of_rows_that_were_shrunken_onto_other_images_says_so() -> None:
+    said = [
+        line for line in rows.ordering_lines(TABLE, {}) if line.startswith("FLESD over FedAvg at 2 rounds, CIFAR-100")
+    ]
+    assert [line.split(": ")[0].partition("alpha 1")[2] for line in said] == ["", " (shrunken, CPU, on cifar10)"]
+    assert any("20 rounds (shrunken, CPU): " in line for line in rows.ordering_lines(TABLE, {}))
 
 
 def test_the_pages_agree_with_the_results() -> None:
@@ -726,18 +861,57 @@ def test_gpu_tests_run_once_with_the_same_code(tiny: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "a")
     arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
 
-    def sitting() -> tuple[int, int, bool, str]:
-        code = gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", "30"])
+    def sitting(seconds: int = 30) -> tuple[int, int, bool, str]:
+        code = gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", str(seconds)])
         [part] = json.loads((tiny.parent / "o" / "acceptance.json").read_text())["parts"]
         return code, len(ran), part["earlier"], (tiny.parent / "o" / "log.txt").read_text().split("\n")[1]
 
     assert sitting() == (0, 1, False, "sitting 1")
-    assert sitting() == (1, 2, False, "sitting 2")  # the first had no time to end
+    assert gpu_acceptance.main([*arguments, "--parts", "tests", "--seconds", "31"]) == 0
+    assert len(ran) == 1  # as little time again
+    assert sitting(60) == (1, 2, False, "sitting 2")
     assert sitting() == (1, 2, True, "sitting 2")  # what failed is still told
     shutil.rmtree(tiny.parent / "w")
     assert sitting() == (1, 2, True, "sitting 2")
     monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "b")
     assert sitting() == (0, 3, False, "sitting 3")
+
+
+def test_a_benchmark_that_is_too_long_starves_no_other(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes 300 s, the others 10; a sitting's share is 200."""
+    clock = [1000.0]
+    ran: list[str] = []
+
+    def run(name: str, command: Any, limit: float, log: Path) -> gpu_acceptance.Part:
+        ran.append(name.removeprefix("benchmark "))
+        needs = 300.0 if ran[-1] == "views" else 10.0
+        clock[0] += min(needs, limit)
+        log.write_text('{"seconds": 1}' if needs <= limit else '{"sec')
+        code, interrupted = (0, False) if needs <= limit else (None, True)
+        return gpu_acceptance.Part(name=name, command=[], code=code, interrupted=interrupted, seconds=1.0, tail="")
+
+    monkeypatch.setattr(gpu_acceptance, "run", run)
+    monkeypatch.setattr(gpu_acceptance, "code_digest", lambda: "a")
+    monkeypatch.setattr(gpu_acceptance.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_acceptance, "machine", lambda: {"missing": [], "python": "3"})
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+
+    def sitting(seconds: int) -> list[str]:
+        ran.clear()
+        more = ["--parts", "benchmarks", "--benchmarks", "views,train,round", "--seconds", str(seconds)]
+        assert gpu_acceptance.main([*arguments, *more]) == 0
+        return list(ran)
+
+    assert sitting(400) == ["views"]
+    shutil.rmtree(tiny.parent / "w")  # what came back is enough
+    assert sitting(400) == ["train", "round"]
+    assert "benchmark views: passed over, 200 s were not enough and 180 s are left" in capsys.readouterr().out
+    assert sitting(430) == []
+    assert sitting(700) == ["views"]
+    results = json.loads((tiny.parent / "o" / "benchmarks.json").read_text())
+    assert results.keys() == {"benchmark-views", "benchmark-train", "benchmark-round"}
 
 
 def test_the_digest_of_the_code_is_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

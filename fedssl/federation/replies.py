@@ -27,11 +27,16 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**31 - 2**20  # protocol buffers end at 2 GiB
 OF_A_SITTING = ("run_dir", "resume", "replay", "max_seconds", "hydra", "grid", "device")  # a resume may have others
-OF_A_SITTING_WITHIN = {"data": ("root",), "client": ("store",), "federation": ("num_rounds", "report_family")}
+OF_A_SITTING_WITHIN = {
+    "data": ("root",),
+    "client": ("store",),
+    "federation": ("num_rounds", "report_family", "keep_replies_after"),
+}
 
 
 class KeptReplies:
-    """`root/<round>-<partition>.reply`: a line of JSON, then the reply's records in Flower's protocol buffers.
+    """`root/<round>-<partition>.reply`: the sha256 of what follows; a line of JSON; the reply's records in Flower's
+    protocol buffers.
 
     Args:
         root: a folder of its own.
@@ -45,6 +50,9 @@ class KeptReplies:
         self.settings = _settings(config)
         self.after = after
         self.store = store
+        for partial in root.glob(".*.reply.*"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                partial.unlink()
         self.begin(0)
 
     def begin(self, round_num: int) -> None:
@@ -60,9 +68,10 @@ class KeptReplies:
             return None
         try:
             with path.open("rb") as file:
-                head, body = json.loads(file.readline()), file.read()
-            if head["sha256"] != hashlib.sha256(body).hexdigest():
-                raise ValueError("its content has another sha256 than its head says")
+                digest, line, body = file.readline(), file.readline(), file.read()
+            if digest != _sha256_of(line, body):
+                raise ValueError("its content has another sha256 than its first line says")
+            head = json.loads(line)
             if head["request"] != self._digest(partition_id, message):
                 raise ValueError("it answers another message, or is of a run with other settings")
             if head["memory"] and self.round_num not in self.store.versions(partition_id):
@@ -88,14 +97,13 @@ class KeptReplies:
             body = flower_compat.records_to_bytes(reply.content)
             head = {
                 "request": self._digest(partition_id, message),
-                "sha256": hashlib.sha256(body).hexdigest(),
                 "memory": self.round_num in self.store.versions(partition_id),
                 "elapsed_seconds": self.earlier_seconds + time.monotonic() - self.started,
             }
             self.root.mkdir(parents=True, exist_ok=True)
+            line = json.dumps(head).encode() + b"\n"
             with partial.open("wb") as file:
-                file.write(json.dumps(head).encode() + b"\n")
-                file.write(body)
+                file.writelines((_sha256_of(line, body), line, body))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -133,9 +141,20 @@ def stated_seconds(reply: Message) -> float:
     return sum(float(v) for v in stated if isinstance(v, int | float) and 0 < v < math.inf)
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    """sha256 of the settings that a resume cannot change."""
+def _sha256_of(line: bytes, body: bytes) -> bytes:
+    sha256 = hashlib.sha256(line)
+    sha256.update(body)
+    return sha256.hexdigest().encode() + b"\n"
+
+
+def of_every_sitting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resume cannot change."""
     kept = {key: value for key, value in config.items() if key not in OF_A_SITTING}
     for group, names in OF_A_SITTING_WITHIN.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in names}
+    return kept
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    kept = of_every_sitting(config)
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

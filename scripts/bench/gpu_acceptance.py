@@ -5,10 +5,12 @@
 
 Called again with the same --work it goes on where it was: rows go on from their checkpoints, and what has a result in
 --out, or in benchmarks/results, is not measured again; nor are the tests run again with the same code on the same
-machine, unless their time was up. No part ends a later one: each is a process of its own with a
-limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB:
-acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them over),
-benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the sitting.
+machine, unless their time was up. A benchmark, or the tests, whose time was up is passed over until a tenth more is
+offered; benchmarks that were not tried come before one that was. No part ends a later one: each is a process of its
+own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most
+16 MiB: acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them
+over), benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the
+sitting.
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
@@ -48,6 +50,7 @@ SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left; 
 STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
 INTERRUPTED = 130
+MORE = 1.1  # times the seconds that were not enough are worth another try
 GRACE = 10.0  # seconds in which an interrupted part may write what it has
 NEEDED = {  # module -> package, for whom
     "torch": "torch: rows, tests",
@@ -203,11 +206,27 @@ class Acceptance:
         hardware = self.machine.get("hardware") or {}
         described = [hardware.get("cpu"), hardware.get("gpus"), self.machine["python"], self.machine.get("versions")]
         self.tested = {"code": code_digest(), "machine": described, "dry": args.dry}
+        noted = json.loads(self.futile_path.read_text()) if self.futile_path.is_file() else {}
+        self.futile: dict[str, float] = {}  # by part: the most seconds that were not enough
+        if noted.get("of") == json.loads(json.dumps(self.tested)):
+            self.futile = noted["seconds"]
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.deadline - time.monotonic()
+
+    @property
+    def futile_path(self) -> Path:
+        """Of what was not enough for which part."""
+        return self.results / "futile.json"
+
+    def worth(self, name: str, limit: float) -> bool:
+        """Whether the part may end within the limit; said where it may not."""
+        if (known := self.futile.get(name, 0.0)) and limit < MORE * known:
+            print(f"{name}: passed over, {known:.0f} s were not enough and {limit:.0f} s are left for it", flush=True)
+            return False
+        return True
 
     def bring_back(self) -> None:
         """What an earlier sitting left in --out is kept where --work is gone, and not measured again."""
@@ -216,10 +235,11 @@ class Acceptance:
             for stem, result in (json.loads(path.read_text()) if path.is_file() else {}).items():
                 if not (kept := self.results / f"{stem}{ending}").exists():
                     _write(kept, json.dumps(result, indent=2))
-        path, kept = self.args.out / "acceptance.json", self.results / "tests.json"
-        tests = json.loads(path.read_text()).get("tests") if path.is_file() else None
-        if tests and not kept.exists():
-            _write(kept, json.dumps(tests, indent=2))
+        path = self.args.out / "acceptance.json"
+        noted = json.loads(path.read_text()) if path.is_file() else {}
+        for name in ("tests", "futile"):
+            if noted.get(name) and not (kept := self.results / f"{name}.json").exists():
+                _write(kept, json.dumps(noted[name], indent=2))
 
     def tests_before(self) -> dict[str, Any] | None:
         """How the tests ended last, and with what code on what machine."""
@@ -248,7 +268,12 @@ class Acceptance:
             return
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors"]  # a module may need a package that is not there
-        self.run("tests", [*command, *(["--collect-only"] if self.args.dry else [])], SHARES["tests"] * self.left)
+        limit = SHARES["tests"] * self.left
+        if not self.worth("tests", limit):
+            return
+        self.run("tests", [*command, *(["--collect-only"] if self.args.dry else [])], limit)
+        if self.parts[-1].interrupted:
+            self.remember("tests", limit)
         if not (part := self.parts[-1]).interrupted:
             _write(self.results / "tests.json", json.dumps({"of": self.tested, "part": asdict(part)}, indent=2))
             self.write()
@@ -256,16 +281,22 @@ class Acceptance:
     def benchmarks(self) -> None:
         """Those that say something here and have no result yet, within their share of the time."""
         until = time.monotonic() + SHARES["benchmarks"] * self.left
-        for name in self.args.benchmarks.split(",") if self.args.benchmarks else BENCHMARKS:
+        names = self.args.benchmarks.split(",") if self.args.benchmarks else BENCHMARKS
+        for name in sorted(names, key=lambda name: self.futile.get(f"benchmark {name}", 0.0)):
             there = (SCRIPTS / "bench" / f"{name}.py").is_file()
             done = (self.results / f"benchmark-{name}.json").is_file()
-            if there and not done and until - time.monotonic() > LAST:
+            limit = until - time.monotonic()
+            if there and not done and limit > LAST and self.worth(f"benchmark {name}", limit):
                 command = [sys.executable, str(SCRIPTS / "benchmark.py"), name]
-                log = self.run(f"benchmark {name}", command, until - time.monotonic())
+                log = self.run(f"benchmark {name}", command, limit)
+                ended = not self.parts[-1].interrupted
                 with contextlib.suppress(ValueError):  # it did not come to its end
                     text = log.read_text()
                     result = json.loads(text[text.index("{") :])
                     _write(self.results / f"benchmark-{name}.json", json.dumps(result, indent=2))
+                    ended = True
+                if not ended:
+                    self.remember(f"benchmark {name}", limit)
                 self.write()
 
     def rows(self) -> None:
@@ -293,6 +324,12 @@ class Acceptance:
         self.write()
         return log
 
+    def remember(self, name: str, limit: float) -> None:
+        """What was not enough for a part."""
+        self.futile[name] = limit
+        _write(self.futile_path, json.dumps({"of": self.tested, "seconds": self.futile}, indent=2))
+        self.write()
+
     def note(self, name: str, text: str) -> None:
         """A part that did not come to be."""
         print(f"{name}: {text}", flush=True)
@@ -304,6 +341,7 @@ class Acceptance:
         out = self.args.out
         described = [{key: value for key, value in asdict(part).items() if key != "tail"} for part in self.parts]
         left = {"dry": self.args.dry, "machine": self.machine, "parts": described, "tests": self.tests_before()}
+        left["futile"] = {"of": self.tested, "seconds": self.futile}
         _write(out / "acceptance.json", json.dumps(left, indent=2))
         _write(out / "rows.json", json.dumps(read_results(self.table, self.results), indent=2))
         benchmarks = {path.stem: json.loads(path.read_text()) for path in self.results.glob("benchmark-*.json")}

@@ -32,11 +32,11 @@ import yaml
 from bench import rows
 from bench.rows import Row, Table, load_table, read_results
 
-from fedssl.config import compose
+from fedssl.config import compose, fill_in
 from fedssl.errors import ConfigError, FedSSLError
 
 OK, MISSED, STOPPED, INTERRUPTED = 0, 1, 4, 130
-OF_THE_SITTING = ("run_dir", "max_seconds", "grid", "device")  # may differ when a row goes on
+ABSENT = "(absent)"
 KNN_AND_PROBE = ("knn_top1", "linear_top1")
 
 
@@ -103,31 +103,55 @@ def advance(config: Mapping[str, Any], run_dir: Path, max_seconds: float | None)
     began = yaml.safe_load(saved.read_text())
     if differs := _differing(began, config):
         raise ConfigError(
-            f"{run_dir} holds a run with another {', '.join(differs)}: the row or its preset has changed since. Delete "
-            f"the folder to start anew, or name another with --work."
+            f"{run_dir} holds a run with {'; '.join(differs)}: the row or its preset has changed since. Delete the "
+            f"folder to start anew, or name another with --work."
         )
-    summary = run_dir / "summary.json"
-    if summary.is_file() and json.loads(summary.read_text())["status"] == "completed":
-        return dict(json.loads(summary.read_text()))
+    if (summary := summary_of(run_dir)).get("status") == "completed":
+        return summary
     goes_on = {**began, "max_seconds": max_seconds, "device": config["device"], "run_dir": str(run_dir)}
+    keep_after = config["federation"]["keep_replies_after"]
+    goes_on["federation"] = {**began["federation"], "keep_replies_after": keep_after}
     if "root" in config["data"]:
         goes_on["data"] = {**began["data"], "root": config["data"]["root"]}
     return simulation.resume(goes_on, run_dir)
 
 
 def _differing(began: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Top-level keys that differ, but for where the images lie and what the run chose itself."""
+    """Settings that differ, with both values.
+
+    None are those of a sitting, those that the run chose itself, and those that came after it began and that it has as
+    conf/as_before.yaml says.
+    """
+    from fedssl.federation.replies import of_every_sitting
+    from fedssl.report.runs import flatten
+
+    chosen = config["federation"]["report_family"] is None
 
     def compared(side: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in side.items() if key not in OF_THE_SITTING}
-        kept["data"] = {key: value for key, value in side["data"].items() if key != "root"}
-        if config["federation"]["report_family"] is None:
-            kept["federation"] = {**side["federation"], "report_family": None}
-        kept["partition"] = {key: value for key, value in side["partition"].items() if key != "path"}
-        return kept
+        federation = {"num_rounds": side["federation"]["num_rounds"]}
+        federation |= {} if chosen else {"report_family": side["federation"]["report_family"]}
+        flat = flatten(of_every_sitting(side)) | flatten({"federation": federation})
+        return {key: value for key, value in flat.items() if key != "partition.path"}
 
-    a, b = compared(began), compared(config)
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    was, now, before = (compared(side) for side in (fill_in(began), config, fill_in(config, over=True)))
+    return [
+        f"{key} {was.get(key, ABSENT)} and not {now.get(key, ABSENT)}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key, ABSENT) not in (now.get(key, ABSENT), before.get(key, ABSENT))
+    ]
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """What summary.json holds; {} where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = run_dir / "summary.json"
+    summary = rows.read_json(path) if path.is_file() else {}
+    if path.is_file() and not (isinstance(summary, dict) and {"status", "wall_seconds"} <= summary.keys()):
+        raise ConfigError(f"{path} is no summary of a run. Delete it: the run goes on from its newest checkpoint.")
+    return dict(summary)
 
 
 def rows_written(run_dir: Path, scope: str) -> list[dict[str, Any]]:
@@ -173,10 +197,10 @@ def seconds_needed(job: Job, jobs: Sequence[Job], work: Path) -> float:
     if own := longest_piece(work / job.name, keep_after):
         return own
     for other in reversed(jobs):
-        summary = work / other.name / "summary.json"
-        if (piece := longest_piece(work / other.name, keep_after)) and summary.is_file():
+        summary = summary_of(work / other.name)
+        if summary and (piece := longest_piece(work / other.name, keep_after)):
             rounds = sum(row["metrics"]["seconds"] for row in rows_written(work / other.name, "server"))
-            return piece + max(0.0, json.loads(summary.read_text())["wall_seconds"] - rounds)  # its start
+            return piece + max(0.0, summary["wall_seconds"] - rounds)  # its start
     return 0.0
 
 
@@ -211,28 +235,32 @@ def untrained(run_dir: Path, family: str, metric: str) -> float | None:
 
 def state_of(job: Job, run_dir: Path, row: Row) -> dict[str, Any]:
     """A run's line in the result, whether it has ended or not."""
-    summary: dict[str, Any] = {}
-    if (run_dir / "summary.json").is_file():
-        summary = json.loads((run_dir / "summary.json").read_text())
+    summary = summary_of(run_dir)
     whole = summary.get("status") == "completed"
     if whole and row.metric not in summary:
         raise ConfigError(f"row {row.name}: the run has no metric {row.metric!r}; it has {', '.join(summary)}")
     return {
         "shard": job.shard,
         "status": summary.get("status", "not started" if not run_dir.is_dir() else "interrupted"),
-        "rounds": summary.get("rounds", rounds_kept(run_dir)),
+        "rounds": max(summary.get("rounds", 0), rounds_kept(run_dir)),
         "replies": 0 if whole else len(list((run_dir / "checkpoints" / "replies").glob("[0-9]*.reply"))),
         "num_rounds": job.config["federation"]["num_rounds"],
         "measured": summary[row.metric] if whole else None,
         "untrained": untrained(run_dir, summary["report_family"], row.metric) if whole else None,
         "metrics": {name: summary[name] for name in KNN_AND_PROBE if name in summary} if whole else {},
-        "seconds": summary.get("wall_seconds", 0.0),
+        "seconds": max(summary.get("wall_seconds", 0.0), seconds_kept(run_dir)),
     }
 
 
 def rounds_kept(run_dir: Path) -> int:
     """The round of the newest checkpoint; 0 where there is none."""
     return max((int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)
+
+
+def seconds_kept(run_dir: Path) -> float:
+    """What the newest checkpoint says that the run took until then; 0 where there is none."""
+    path = run_dir / "checkpoints" / f"{rounds_kept(run_dir):05d}" / "progress.json"
+    return float(rows.read_json(path)["wall_seconds"]) if path.is_file() else 0.0
 
 
 def copy_of(config: Mapping[str, Any]) -> str:
@@ -299,7 +327,7 @@ def result_of(
     values = [run["measured"] for run in runs]
     measured = mean(values) if None not in values else None
     manifests = [work / job.name / "manifest.json" for job in jobs]
-    found = [json.loads(path.read_text()) for path in manifests if path.is_file()]
+    found = [rows.read_json(path) for path in manifests if path.is_file()]
     began = found[0] if found else {}
     if any(rows.images(manifest["data"]) != rows.images(began["data"]) for manifest in found):
         raise ConfigError(
@@ -355,26 +383,30 @@ def reproduce(
         return result
 
     code = OK
+    begun = started  # what was spent before its first run counts as that run's
     try:
         for job, run in zip(jobs, written()["runs"], strict=True):
             if run["status"] == "completed":
                 advance(job.config, work / job.name, None)  # nothing to do, but it refuses a run with other settings
                 continue
             left = None if seconds is None else seconds - (time.monotonic() - started)
+            offered = None if seconds is None else seconds - (begun - started)
             needed = seconds_needed(job, jobs, work)
-            if left is not None and left <= max(needed, rows.tried(run)):
+            attempt = {"rounds": run["rounds"], "replies": run["replies"], "seconds": offered}
+            if left is not None and offered is not None and (left <= needed or offered <= rows.tried(run)):
+                if left <= 0 and begun == started and offered > rows.tried(run):
+                    attempts.setdefault(job.name, []).append(attempt)  # all was spent before it began
                 code = STOPPED
                 break
-            attempt = {"rounds": run["rounds"], "replies": run["replies"], "seconds": left}
             attempts.setdefault(job.name, []).append(attempt)
             machines.append(here())
             written()  # a kill leaves this one
-            began = time.monotonic()
             try:
                 with interrupted_after(left):
                     status = advance(job.config, work / job.name, None if left is None else left - needed)["status"]
             finally:
-                attempt["seconds"] = time.monotonic() - began
+                attempt["seconds"] = time.monotonic() - begun
+                begun = time.monotonic()
             if status != "completed":
                 code = STOPPED
                 break
@@ -408,20 +440,30 @@ def show(table: Table) -> None:
 
 
 def add(path: Path, table: Table) -> None:
-    """Write the results in `path` (by file name) to benchmarks/results, whole ones only."""
+    """Write the results in `path` (by file name) to benchmarks/results: whole ones with the rows' settings of today.
+
+    Raises:
+        ConfigError: the file, or one of its results, is none; then nothing is written.
+    """
     from fedssl.tracking import write_json
 
-    known = {row.file(shrunken) for row in table.rows.values() for shrunken in (False, True)}
-    try:
-        brought = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the results in {path}: {error}") from error
+    known = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
+    brought = rows.read_json(path)
+    if not isinstance(brought, dict):
+        raise ConfigError(f"{path} must hold a mapping of file names to results, as the rows.json of gpu_acceptance")
     for name, result in brought.items():
         if name not in known:
             raise ConfigError(f"{path} has a result {name}, which is of no row in benchmarks/rows.yaml")
-        if rows.is_measured(result):
+        rows.checked(result, f"{name} in {path}")
+    for name, result in brought.items():
+        row = known[name]
+        if not (rows.is_measured(result) or result.get("changed")):
+            print(f"{name}: unfinished, left out")
+        elif result.get("changed") or name != row.file(result["shrunken"]) or not table.is_of(row, result):
+            print(f"{name}: made with other settings than the row has now, left out")
+        else:
             write_json(rows.RESULTS / name, result)
-        print(f"{name}: {'added' if rows.is_measured(result) else 'unfinished, left out'}")
+            print(f"{name}: added")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,6 +17,14 @@ ROWS = ROOT / "benchmarks" / "rows.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "published.md"
 README = ROOT / "README.md"
+NEEDED = {
+    "name": str, "shrunken": bool, "overrides": list, "metric": str, "epochs": int, "copy": str,
+    "measured": float | int | None, "runs": list, "data_sha256": dict,
+}  # fmt: skip
+NEEDED_OF_RUN = {
+    "shard": int | None, "rounds": int, "num_rounds": int, "measured": float | int | None,
+    "untrained": float | int | None,
+}  # fmt: skip
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
 
 
@@ -91,12 +99,20 @@ def load_table(path: Path = ROWS) -> Table:
     """Read the rows.
 
     Raises:
-        ConfigError: the file is missing, or a row lacks a key, has an unknown one or names a row that there is not.
+        ConfigError: the file is missing or holds no rows, or a row lacks a key, has an unknown one or names a row that
+            there is not.
     """
     try:
         text = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the rows in {path}: {error}") from error
+    lists = ("rows", "cpu", "orderings")
+    if wrong := [key for key in lists if not (isinstance(text, Mapping) and isinstance(text.get(key), list))]:
+        raise ConfigError(f"{path} must have the lists {', '.join(lists)}; {', '.join(wrong)} is none or missing")
+    for key, needed in (("rows", {"name"}), ("orderings", {"what", "rows"})):
+        for entry in text[key]:
+            if not (isinstance(entry, Mapping) and needed <= entry.keys()):
+                raise ConfigError(f"{path}: {key} holds {entry!r}; each needs {', '.join(sorted(needed))}")
     known = {field.name for field in fields(Row)}
     rows: dict[str, Row] = {}
     for entry in text["rows"]:
@@ -115,17 +131,52 @@ def load_table(path: Path = ROWS) -> Table:
     return table
 
 
+def read_json(path: Path) -> Any:
+    """What the file holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}. Delete it, or bring it back.") from error
+
+
+def checked(result: Any, where: str) -> dict[str, Any]:
+    """The result, if it has what the table needs.
+
+    Raises:
+        ConfigError: it lacks a key, or has a value of another type; the message begins with `where`.
+    """
+    runs = result.get("runs") if isinstance(result, dict) else None
+    for node, needed in ((result, NEEDED), *((run, NEEDED_OF_RUN) for run in (runs if isinstance(runs, list) else ()))):
+        wrong = [
+            key
+            for key, kind in needed.items()
+            if not (isinstance(node, dict) and key in node and isinstance(node[key], kind))
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{where} is no result of scripts/reproduce: it lacks {', '.join(wrong)}, or has another type"
+            )
+    return dict(result)
+
+
 def read_results(table: Table, *folders: Path) -> dict[str, dict[str, Any]]:
     """The results of the table's rows by file name; of two folders that hold one, the last counts.
 
     One that was made with other settings than the row's has `changed`, and nothing measured.
+
+    Raises:
+        ConfigError: one cannot be read, or is none.
     """
     names = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
     found = {}
     for folder in folders:
         for path in sorted(folder.glob("reproduce-*.json")):
             if path.name in names:
-                result = json.loads(path.read_text())
+                result = checked(read_json(path), str(path))
                 current = table.is_of(names[path.name], result)
                 found[path.name] = result if current else {**result, "measured": None, "changed": True}
     return found
@@ -227,7 +278,8 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
     out = []
     for ordering in table.orderings:
         for shrunken in (False, True):
-            found = [results.get(table.row(name).file(shrunken)) for name in ordering["rows"]]
+            chosen = [table.row(name) for name in ordering["rows"]]
+            found = [results.get(row.file(shrunken)) for row in chosen]
             known = [result for result in found if result and is_measured(result)]
             values = [result["measured"] for result in known]
             chain = " < ".join(
@@ -239,8 +291,19 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
                 said = "not measured"
             elif idle := [r["name"] for r in known if r["measured"] <= (untrained(r) or 0)]:
                 said = f"says nothing, no better than untrained: {', '.join(idle)}"
-            out.append(f"{ordering['what']}{' (shrunken, CPU)' if shrunken else ''}: {chain}: {said}")
+            size = f" (shrunken, CPU{_other_data(table, chosen)})" if shrunken else ""
+            out.append(f"{ordering['what']}{size}: {chain}: {said}")
     return out
+
+
+def _other_data(table: Table, chosen: Sequence[Row]) -> str:
+    """ ", on X" where the shrunken rows run on other images than the full ones."""
+    given = [
+        [next((o for o in table.overrides(row, shrunken=size) if o.startswith("data=")), "") for row in chosen]
+        for size in (False, True)
+    ]
+    small = sorted({b.removeprefix("data=") for a, b in zip(*given, strict=True) if a != b})
+    return f", on {', '.join(small)}" if small else ""
 
 
 def markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
