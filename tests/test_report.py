@@ -580,6 +580,18 @@ def test_an_odd_summary_is_named_and_skipped(key: str, value: Any, tmp_path: Pat
     assert key.split("_")[0] in reason
 
 
+@words
+@pytest.mark.parametrize(("key", "value"), [("num_clients", "x"), ("families", [["conv4_16"]]), ("num_clients", None)])
+def test_an_odd_configuration_has_no_page_or_a_whole_one(key: str, value: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    replace(run / "config.yaml", ["federation", key], value)
+    if value is None:
+        assert "0.987 top-1" in write_run_report(run).read_text()
+        return
+    with pytest.raises(DataError, match=f"federation.{key} is"):
+        write_run_report(run)
+
+
 def test_what_simulated_seconds_are_of_is_said(tmp_path: Path) -> None:
     devices = {"_target_": "fedssl.federation.devices.Devices", "uplink_mbps": 10, "deadline_s": None}
     for seed in (0, 1):

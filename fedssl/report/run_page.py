@@ -71,7 +71,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 def _facts(run: Run) -> list[str]:
     federation = run.config.get("federation") or {}
     facts = [f"seed {run.seed}", plural(run.rounds, "round")]
-    if "num_clients" in federation:
+    if federation.get("num_clients") is not None:
         families = set(federation.get("families") or [])
         facts.append(f"{plural(federation['num_clients'], 'client')} of {plural(len(families), 'family', 'families')}")
     if run.report_family:

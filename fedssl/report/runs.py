@@ -353,7 +353,9 @@ def _check(run: Run) -> None:
         for name in metrics.keys() & METRICS.keys():
             _expect(metrics[name] is None or name in numbers(metrics), f"{name}, {where}", metrics[name])
     _expect(isinstance(federation, dict), "federation of config.yaml", federation)
-    _expect(isinstance(federation.get("families"), list | None), "federation.families", federation.get("families"))
+    named = federation.get("families") or []
+    _expect(isinstance(named, list) and all(isinstance(f, str) for f in named), "federation.families", named)
+    _expect(_is_count(federation.get("num_clients")), "federation.num_clients", federation.get("num_clients"))
     family = federation.get("report_family")
     _expect(isinstance(family, str | None), "federation.report_family", family)
     for row in run.rows:
