@@ -690,6 +690,7 @@ def test_an_interrupt_ends_all_jobs_and_keeps_their_checkpoints(
     assert not (sweep / "2").exists()
 
 
+@pytest.mark.slow
 def test_jobs_end_with_the_process_of_their_sweep(long_sweep: subprocess.Popen[str], tmp_path: Path) -> None:
     long_sweep.kill()
     deadline = time.monotonic() + 120

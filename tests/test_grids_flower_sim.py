@@ -92,6 +92,7 @@ def test_a_run_is_the_in_process_one_bit_for_bit(tmp_path: Path) -> None:
     assert [(failure["partition"], failure["kind"]) for failure in second["failures"]] == [(1, "worker_died")]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_is_resumed_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After round 1 in this process; what a client then remembers, and how one fails, are those of other grids."""
@@ -108,6 +109,7 @@ def test_a_run_is_resumed_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows(tmp_path / "flower", "round") == rows(tmp_path / "here", "round")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_closing_does_not_wait_for_a_client_that_hangs() -> None:
     with SETTINGS.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu") as grid:
@@ -156,6 +158,7 @@ def test_failing_clients_are_error_replies(grid: FlowerSimGrid) -> None:
     assert grid.pop_events() == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_worker_loses_nothing_and_a_deadly_client_fails_alone(grid: FlowerSimGrid, tmp_path: Path) -> None:
     """Where a dead actor of Flower's would answer every later message with an error."""
@@ -172,6 +175,7 @@ def test_a_killed_worker_loses_nothing_and_a_deadly_client_fails_alone(grid: Flo
     assert not any(reply.has_error() for reply in again)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_late_clients_are_missing_and_free_their_worker(grid: FlowerSimGrid) -> None:
     batch = messages(grid, [0, 1, 2], "sleep", seconds=600.0)

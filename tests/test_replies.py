@@ -90,7 +90,14 @@ def kill(config: dict[str, Any], after: int) -> list[int]:
     return [int(name.removeprefix("00002-").removesuffix(".reply")) for name in names]
 
 
-@pytest.mark.parametrize(("strategy", "after"), [("flesd", 1), ("fedavg", 3), ("fedema", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "after"),
+    [
+        ("flesd", 1),
+        pytest.param("fedavg", 3, marks=pytest.mark.slow),
+        pytest.param("fedema", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_after_a_kill_the_round_goes_on_with_the_clients_that_had_not_answered(
     strategy: str, after: int, tmp_path: Path
 ) -> None:
@@ -119,7 +126,7 @@ def test_after_a_kill_the_round_goes_on_with_the_clients_that_had_not_answered(
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize("strategy", ["flesd", "fedavg"])
+@pytest.mark.parametrize("strategy", ["flesd", pytest.param("fedavg", marks=pytest.mark.slow)])
 def test_after_a_kill_on_ray(strategy: str, tmp_path: Path) -> None:
     overrides = (f"strategy={strategy}",)
     config = counted(tmp_path / "killed", *overrides, *ON_RAY)
