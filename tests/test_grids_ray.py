@@ -203,16 +203,7 @@ def test_memory_does_not_grow_over_rounds(grid: RayGrid) -> None:
 
 def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:
     """Two declared GPUs, two workers on each; every worker sees one GPU."""
-    settings = Ray(
-        workers=None,
-        clients_per_gpu=2,
-        max_clients_per_gpu=8,
-        gpu_memory_share=0.9,
-        gpus=2,
-        address=None,
-        max_retries=1,
-        batch_seconds=0.0,
-    )
+    settings = replace(SETTINGS, workers=None, batch_seconds=0.0)
     with settings.open(grid_apps.Behaviour, num_clients=4, threads=1, device="auto") as gpu_grid:
         assert gpu_grid.placement.num_gpus == 0.5
         wait_for_workers(gpu_grid)
@@ -285,16 +276,7 @@ def test_a_failing_app_loader_ends_the_run_with_its_own_error(grid: RayGrid) -> 
 
 
 def test_another_ray_is_refused_while_grids_are_open(grid: RayGrid) -> None:
-    other = Ray(
-        workers=1,
-        clients_per_gpu=1,
-        max_clients_per_gpu=8,
-        gpu_memory_share=0.9,
-        gpus=5,
-        address=None,
-        max_retries=1,
-        batch_seconds=0.1,
-    )
+    other = replace(SETTINGS, workers=1, clients_per_gpu=1, gpus=5)
     with pytest.raises(ConfigError, match=r"already runs a Ray with grid\.address=None, grid\.gpus=2"):
         other.open(grid_apps.Behaviour, num_clients=2, threads=1, device="cpu")
 

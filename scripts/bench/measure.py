@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedssl.config import compose, instantiate
+
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -43,6 +45,13 @@ def judge(name: str, values: Sequence[float], bar: float, better: Literal["lower
 
 
 Result = tuple[dict[str, Any], list[Bar]]  # figures, bars
+
+
+def ray_settings(workers: int | None = None) -> Any:
+    """Our Ray grid as conf/grid/ray.yaml has it, without GPUs; None: as many workers as cores."""
+    return instantiate(
+        compose(["grid=ray", "grid.gpus=0", f"grid.workers={'null' if workers is None else workers}"])["grid"]
+    )
 
 
 def in_own_process(call: str) -> Any:

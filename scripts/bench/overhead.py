@@ -5,14 +5,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from bench.measure import Result, judge, median_interval
+from bench.measure import Result, judge, median_interval, ray_settings
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedssl.federation.arrays import read_array, to_record
 from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcess
-from fedssl.federation.grids.ray import Ray
 
 SIZES = (10, 100, 1_000, 10_000)  # messages a round
 REPETITIONS = 15
@@ -60,16 +59,7 @@ def cost(grid: LocalGrid, num_messages: int, round_num: int) -> float:
 
 def overhead() -> Result:
     """Rounds of 10 to 10,000 messages, the grids in turn."""
-    ray = Ray(
-        workers=None,
-        clients_per_gpu=1,
-        max_clients_per_gpu=8,
-        gpu_memory_share=0.9,
-        gpus=0,
-        address=None,
-        max_retries=2,
-        batch_seconds=0.1,
-    )
+    ray = ray_settings()
     with (
         InProcess().open(no_op_app, num_clients=max(SIZES), threads=1, device="cpu") as in_process,
         ray.open(no_op_app, num_clients=max(SIZES), threads=1, device="cpu") as on_ray,

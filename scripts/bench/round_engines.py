@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from bench.measure import ray_settings
 from bench.round_task import CNN, COHORT, NUM_CLIENTS, NUM_IMAGES, NUM_PARAMETERS, Clock, Task, arguments
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -172,19 +173,6 @@ def as_vector(arrays: ArrayRecord) -> Tensor:
     return torch.cat([state[f"backbone.{name}"].flatten() for name, _ in CNN().named_parameters()])
 
 
-def _ray(given: Namespace) -> Ray:
-    return Ray(
-        workers=given.processes,
-        clients_per_gpu=1,
-        max_clients_per_gpu=8,
-        gpu_memory_share=0.9,
-        gpus=0,
-        address=None,
-        max_retries=2,
-        batch_seconds=0.1,
-    )
-
-
 def _flower(given: Namespace) -> FlowerSim:
     return FlowerSim(workers=given.processes, clients_per_gpu=1, gpus=0, max_retries=2)
 
@@ -192,7 +180,7 @@ def _flower(given: Namespace) -> FlowerSim:
 ENGINES: dict[str, Callable[[Namespace], None]] = {
     "plain": plain,
     "ours_in_process": lambda given: on_a_grid(given, InProcess()),
-    "ours_ray": lambda given: on_a_grid(given, _ray(given)),
+    "ours_ray": lambda given: on_a_grid(given, ray_settings(given.processes)),
     "flower_100": lambda given: on_a_grid(given, _flower(given), num_clients=100),
     "flower_1000": lambda given: on_a_grid(given, _flower(given)),
 }

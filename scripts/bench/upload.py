@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from bench.measure import Result, in_own_process, judge, median_interval
+from bench.measure import Result, in_own_process, judge, median_interval, ray_settings
 from bench.memory import Peak, private_bytes
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -81,20 +81,9 @@ def rounds(grid: Grid, read: Callable[[Array], np.ndarray]) -> list[dict[str, fl
 def ours() -> list[dict[str, float]]:
     """On our Ray grid."""
     from fedssl.federation.arrays import read_array
-    from fedssl.federation.grids.ray import Ray
 
     matrix()
-    settings = Ray(
-        workers=None,
-        clients_per_gpu=1,
-        max_clients_per_gpu=8,
-        gpu_memory_share=0.9,
-        gpus=0,
-        address=None,
-        max_retries=2,
-        batch_seconds=0.1,
-    )
-    with settings.open(our_app, num_clients=CLIENTS, threads=1, device="cpu") as grid:
+    with ray_settings().open(our_app, num_clients=CLIENTS, threads=1, device="cpu") as grid:
         return rounds(grid, lambda array: read_array("s", array))
 
 
