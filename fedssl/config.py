@@ -29,13 +29,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from fedssl.errors import ConfigError
+from fedssl.targets import check_allowed
 
 CONFIG_NAME = "config"
 EVALUATION_NAME = "evaluation"
 AS_BEFORE_NAME = "as_before"
+NODE_NAME = "node"
+NODE_KEYS = (
+    "partition_id", "data", "rehearsal_root", "public", "method", "family", "device", "store", "allow_targets"
+)  # fmt: skip
 FOR_STRATEGIES = ("codec", "distill", "downlink", "embedding", "ensemble")  # read by strategies that refer to them
 OF_THE_ROUNDS = ("_target_", "every", "source")  # keys of a run's `evaluate` that mean nothing once it is over
 OF_A_FINISHED_RUN = ("device", "data.root", "client.store")  # where it is evaluated, and where its files are now
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 OmegaConf.register_new_resolver("fedssl.first", lambda a, b: b if a is None else a, replace=True)
 
@@ -283,6 +290,39 @@ def compose_evaluation(
     return changed, node
 
 
+def compose_node(overrides: Sequence[str], *, config_dir: Path | None = None) -> dict[str, Any]:
+    """What `fedssl-deploy client SERVER <overrides>` brings to a federation: conf/node.yaml with the overrides.
+
+    Args:
+        overrides: Hydra overrides.
+        config_dir: an additional folder of YAML files, for `data` and `method`.
+
+    Returns:
+        What `fedssl.deploy.node.Node` takes: `data`, `public.data` and `method` as nodes with `_target_`, or None.
+
+    Raises:
+        ConfigError: an unknown key or choice, or no partition_id.
+    """
+    GlobalHydra.instance().clear()
+    search_path = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = hydra.compose(NODE_NAME, [*overrides, *search_path])
+            composed = OmegaConf.masked_copy(
+                composed, [key for key in NODE_KEYS if key in composed or OmegaConf.is_missing(composed, key)]
+            )
+            node = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            assert isinstance(node, dict)
+            if node["public"]["data"] is not None:
+                image_size = 32  # the run's own is put in its place
+                node["public"]["data"] = _named_source("public", node["public"]["data"], None, image_size, search_path)
+            whole: dict[str, Any] = {"data": None, "method": None, **{str(key): value for key, value in node.items()}}
+            _check_node({"_target_": "fedssl.deploy.node.Node", **whole}, "", {})
+            return whole
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError(message_of(error)) from error
+
+
 def _method(name: Any, search_path: Sequence[str]) -> Any:
     """The node of conf/method/<name>.yaml; what is a node already stays as it is."""
     if isinstance(name, Mapping) and "_target_" in name:
@@ -306,10 +346,11 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         arguments: further arguments of the outermost target.
 
     Raises:
-        ConfigError: the target does not exist, or refuses its arguments.
+        ConfigError: the target does not exist, is not allowed here (`fedssl.targets`), or refuses its arguments.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         return node
+    check_allowed(node)
     try:
         # Arguments are not handed to Hydra: it would turn a dataclass into a mapping.
         build = hydra.utils.instantiate(dict(node), _convert_="all", _partial_=True)
@@ -357,6 +398,7 @@ def check_values(config: Mapping[str, Any]) -> None:
         ConfigError: a key that nothing reads, a value of another type, a target that cannot be imported, or no value
             at all.
     """
+    check_allowed(config)
     _check_groups(config)
     _check_node({"data": config["data"], **config}, "", TOP_LEVEL)  # its image_size is repeated in others
     if not 0 <= config["seed"] <= MAX_SEED:

@@ -1,12 +1,15 @@
 """Every random draw has a named source, derived from the run's one seed. Nothing uses a global generator."""
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+MT19937_START, MT19937_WORDS = 24, 624  # bytes before its words in a generator's state; words of 32 bits, kept in 64
 
 
 def derive_seed(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> int:
@@ -27,6 +30,18 @@ def generator(
 ) -> torch.Generator:
     """A torch generator on `device`, seeded by `derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, round_num, partition_id))
+
+
+def unforeseeable() -> torch.Generator:
+    """A CPU generator that no seed leads to, for secrets: the operating system fills its whole state.
+
+    `manual_seed` would leave 32 bits to guess: torch's generator (mt19937) takes no more of a seed.
+    """
+    made = torch.Generator()
+    state = made.get_state().numpy()
+    words = state[MT19937_START : MT19937_START + 8 * MT19937_WORDS].view(np.uint64)
+    words[:] = np.frombuffer(os.urandom(4 * MT19937_WORDS), np.uint32)
+    return made.set_state(torch.from_numpy(state))
 
 
 def numpy_generator(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> np.random.Generator:

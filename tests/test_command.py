@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 import fedssl
-from fedssl.__main__ import _shares, main
+from fedssl.__main__ import main
 from fedssl.config import compose, conf_dir, unread
 from fedssl.errors import ConfigError
+from fedssl.sweep import shares_of_machine
 from tests.federation_helpers import SMALL, assert_same, final_arrays, rows, tree_hash, without_clock
 
 
@@ -716,7 +717,7 @@ def test_jobs_at_once_share_the_machine(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(5)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    shares = _shares(at_once)
+    shares = shares_of_machine(at_once)
     assert [json.loads(share["RAY_OVERRIDE_RESOURCES"])["CPU"] for share in shares] == cores_of_each
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == gpus_of_each
 
@@ -725,7 +726,7 @@ def test_jobs_at_once_share_the_machine(
 def test_ray_finds_the_cores_of_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(3)))
     code = "from fedssl.federation.grids.ray import start_ray\nprint(start_ray(None, None).cluster_resources()['CPU'])"
-    share = _shares(1)[0]
+    share = shares_of_machine(1)[0]
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=share, capture_output=True, text=True, check=False
     )

@@ -235,6 +235,20 @@ class File:
         return [np.sort(part) for part in parts]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """Every client's images are on a machine of its own, and nowhere else: for a deployment (`fedssl.deploy`).
+
+    The server's `data=` is then what its probes train and test on, and no client's.
+    """
+
+    def split(
+        self, labels: Int64[np.ndarray, " n"] | None, num_images: int, num_clients: int, rng: np.random.Generator
+    ) -> Parts:
+        """See `Partitioner.split`, except that every part is empty."""
+        return [np.empty(0, np.int64) for _ in range(num_clients)]
+
+
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz; OSError if it cannot be opened, ValueError if it is damaged or something else."""
     try:

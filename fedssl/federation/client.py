@@ -78,6 +78,8 @@ class Client:
             returns is kept for the next.
         phase: what it is doing, for the message of a failure.
         trained: the model that `train` last trained of each family, for a replay to look at.
+        secret: a generator that nobody can foresee, for what hides something of this client; None in a simulation,
+            which must be repeatable.
     """
 
     partition_id: int
@@ -96,6 +98,7 @@ class Client:
     evaluator: Callable[[], Evaluator]  # the run's labelled test, for clients whose model never leaves them
     device: torch.device
     embed_batch_size: int
+    secret: Callable[[], torch.Generator] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     phase: str = "the strategy's client half"
     trained: dict[str, Model] = field(default_factory=dict, init=False)
@@ -197,7 +200,7 @@ class Client:
         """How alike `model` finds the public images, in the codec's arrays, and the `collapse_measures` of that."""
         embeddings = self.embed_public(model, embedding)
         measures = collapse_measures(FactorSimilarity(factors=unit_rows(embeddings)))
-        return codec.encode(embeddings, self.generator("rotation")), measures
+        return codec.encode(embeddings, self.secret() if self.secret else self.generator("rotation")), measures
 
     def distill(self, model: Model, target: Target, distillation: Distillation) -> dict[str, float]:
         """The server's step with the roles swapped: `model` learns a target that came down; `distill`'s metrics."""

@@ -26,6 +26,7 @@ SERVER_NODE_ID = 1  # what Flower calls the SuperLink
 UNKNOWN = 0  # flwr.common.constant.ErrorCode.UNKNOWN: Flower's engine, of an actor that died
 CLIENT_RAISED = 2  # CLIENT_APP_RAISED_EXCEPTION
 CLIENT_CRASHED = 8  # CLIENT_APP_CRASHED: its process died
+NODE_UNAVAILABLE = 5  # of a node that left
 
 LARGE_BYTES = 1 << 18  # arrays from this size on travel outside the pickle, without a copy
 
@@ -148,3 +149,26 @@ def _restore_array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) ->
 
 
 _REDUCERS: dict[type, Any] = {Array: _reduce_array}
+
+
+def serve_installed_app(app: Any) -> None:
+    """Make Flower's `flwr-clientapp` command of this process call `app`, and no code that a SuperLink sends.
+
+    By itself it unpacks the bundle that comes with a run and imports what that names.
+    """
+    from flwr.supernode.runtime import run_clientapp
+
+    vars(run_clientapp).update(
+        install_from_fab=lambda *_, **__: None,
+        get_load_client_app_fn=lambda **_: lambda *_: app,
+    )
+
+
+def task_commands() -> list[str]:
+    """The commands that a SuperNode or a SuperLink starts for a task, found on the PATH."""
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
+    return sorted(set(TASK_TYPE_TO_COMMAND.values()))
+
+
+CLIENTAPP_COMMAND = "flwr-clientapp"

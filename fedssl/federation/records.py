@@ -144,11 +144,11 @@ class Upload:
         return replace(self, metrics={**self.metrics, "seconds": seconds})
 
     def to_content(self) -> RecordDict:
-        """As the content of a Flower message."""
+        """As the content of a Flower message; every metric is a float, so that no message's length tells a count."""
         return RecordDict(
             {
                 "arrays": to_record(self.arrays),
-                "metrics": MetricRecord(dict(self.metrics)),
+                "metrics": MetricRecord({name: float(v) for name, v in self.metrics.items()}),
                 "header": self.header.to_record(),
             }
         )

@@ -1,13 +1,13 @@
 """Who is there: Flower's node ids are random in every run, partitions are not; asked once, used everywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedssl.errors import FedSSLError
+from fedssl.errors import FedSSLError, PayloadError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,35 @@ class Member:
     family: str
     num_images: int
     trains: bool  # False for the client whose shard is the public set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Introduction:
+    """What a node of a deployment says of itself before the first round."""
+
+    partition_id: int
+    family: str
+    num_images: int
+    trains: bool
+    public_fingerprint: str
+    rehearsal: bool  # its images are a partition of the run's own data set
+    version: str
+
+    def to_record(self) -> ConfigRecord:
+        """As a Flower record; the number of images as a float, so that no message's length tells it."""
+        return ConfigRecord({**vars(self), "num_images": float(self.num_images)})
+
+    @classmethod
+    def from_record(cls, record: ConfigRecord) -> "Introduction":
+        """`PayloadError` if a field is missing or has another type."""
+        values: dict[str, object] = {**record}
+        if not isinstance(images := values.get("num_images"), float) or not 0 <= images <= 2**53:
+            raise PayloadError(f"it says that it has {images} images")
+        values["num_images"] = int(images)
+        for name, kind in cls.__annotations__.items():
+            if type(values.get(name)) is not kind:
+                raise PayloadError(f"its {name} should be of type {kind.__name__}, got {values.get(name)!r}")
+        return cls(**values)  # type: ignore[arg-type]
 
 
 Roster = Mapping[int, Member]  # by partition id, ascending
@@ -39,6 +68,11 @@ def ask_roster(grid: Grid) -> Roster:
             raise FedSSLError("two nodes claim the same partition: each needs its own partition-id in its node config")
         _rosters[grid] = roster
     return _rosters[grid]
+
+
+def introduce(grid: Grid, members: Iterable[Member]) -> None:
+    """Say who the nodes of `grid` are, where that is known already; `ask_roster` then asks nobody."""
+    _rosters[grid] = {member.partition_id: member for member in sorted(members, key=lambda m: m.partition_id)}
 
 
 def _member(reply: Message) -> Member:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from flwr.app import Message, MetricRecord
 from fedssl.config import check_values, instantiate
 from fedssl.data.federated import FederatedData, federate
 from fedssl.data.images import ImageSet
+from fedssl.data.partition import Nodes
 from fedssl.data.public import ClientShard, Dataset, PublicSet
 from fedssl.data.sources import Source
 from fedssl.data.views import Views
-from fedssl.errors import ConfigError
+from fedssl.errors import ConfigError, PayloadError
 from fedssl.evaluate import Evaluation, Evaluator
 from fedssl.federation.client import DOWNLINKS, Client, LocalTraining
 from fedssl.federation.devices import Devices
 from fedssl.federation.embedding import check_embedding
 from fedssl.federation.records import num_bytes
-from fedssl.federation.roster import Member
+from fedssl.federation.roster import Introduction, Member
 from fedssl.federation.server import Server
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim, num_parameters
@@ -98,14 +100,18 @@ class Setup:
     Args:
         config: the resolved configuration, as `config.yaml` holds it.
         run_dir: where `partition.npz` lies once the run has started; None computes the partition again.
+        members: the nodes of a deployment, by partition; None in a simulation.
 
     Raises:
         ConfigError: a part cannot be built; the message says what would work.
     """
 
-    def __init__(self, config: Mapping[str, Any], run_dir: Path | None = None) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], run_dir: Path | None = None, members: Mapping[int, Member] | None = None
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
+        self.members = members
 
     # --- settings ---
     @property
@@ -140,7 +146,7 @@ class Setup:
     def client_families(self) -> tuple[str, ...]:
         """The clients' architecture families, each once; families beyond the last client do not take part."""
         federation = self.federation
-        return tuple(dict.fromkeys(federation.family(p) for p in range(federation.num_clients)))
+        return tuple(dict.fromkeys(self.family(p) for p in range(federation.num_clients)))
 
     @cached_property
     def families(self) -> tuple[str, ...]:
@@ -259,6 +265,11 @@ class Setup:
 
     def private_union(self) -> ImageSet:
         """All images of the clients that train."""
+        if isinstance(instantiate(self.config["partition"]), Nodes):
+            raise ConfigError(
+                f"strategy={self.config['strategy']['name']} trains on all private images in one place, and with "
+                f"partition=nodes they are on the clients' machines. Choose another strategy."
+            )
         data = self.data
         positions = np.concatenate([data.partitions[p] for p in data.training_partitions])
         return self.train.subset(positions, name="union of the private data")
@@ -300,6 +311,10 @@ class Setup:
     def family(self, partition_id: int) -> str:
         """The architecture that this client runs."""
         return self.federation.family(partition_id)
+
+    def num_images(self, partition_id: int) -> int:
+        """How many private images this client has; a node says it of itself."""
+        return self.members[partition_id].num_images if self.members else len(self.data.partitions[partition_id])
 
     def build_model(self, family: str) -> Model:
         """The run's initial model of `family`: the same weights at every call, on the CPU."""
@@ -399,6 +414,34 @@ class Setup:
             device=self.device,
         )
 
+    def check_node(self, node: Introduction) -> None:
+        """Refuse a node of a deployment that does not fit this run.
+
+        Raises:
+            PayloadError: with what it said and what would fit.
+        """
+        ours, theirs = _release(version("fedssl")), _release(node.version)
+        if ours != theirs:
+            raise PayloadError(f"it runs fedssl {node.version}, the server {version('fedssl')}: install the same")
+        if node.family not in self.config["models"]:
+            raise PayloadError(
+                f"its architecture is {node.family!r} (family=); this run knows "
+                f"{', '.join(sorted(self.config['models']))}"
+            )
+        own_images = isinstance(instantiate(self.config["partition"]), Nodes)
+        if own_images == node.rehearsal:
+            raise PayloadError(
+                "it names no images of its own (data=), and this run has partition=nodes"
+                if own_images
+                else "it brings images of its own (data=), and this run splits one data set: set partition=nodes"
+            )
+        if node.public_fingerprint != self.public_set.fingerprint:
+            raise PayloadError(
+                f"its public set ({node.public_fingerprint[:12]}) is not the server's "
+                f"({self.public_set.fingerprint[:12]}): same images, order and transform are needed (public.data=, "
+                f"public.root= of the node)"
+            )
+
     def check(self) -> None:
         """Build every part once, before any work: whatever cannot work is said here.
 
@@ -420,6 +463,7 @@ class Setup:
         federation = self.federation
         _ = self.local, self.evaluation, self.views, self.method, self.device, instantiate(self.config["grid"])
         self._check_public_source()
+        self._check_nodes()
         image_size = int(self.config["data"]["image_size"])
         for family in self.families:
             self.build_model(family)
@@ -442,7 +486,7 @@ class Setup:
                 f"would be none: raise it, raise federation.num_clients, or set it to 0."
             )
         for partition_id in self.data.training_partitions:
-            if (owned := len(self.data.partitions[partition_id])) < 2:
+            if (owned := self.num_images(partition_id)) < 2:
                 raise ConfigError(
                     f"partition {partition_id} has {owned} images, and a client that trains needs at least 2. Use "
                     f"more images (data.num_images={self.config['data'].get('num_images')}), fewer clients "
@@ -459,11 +503,30 @@ class Setup:
             raise ConfigError(f"data.image_size={image_size}, but the images are {self.train.image_size}")
         _ = self.report_family, self.public_set, self.evaluator
 
+    def _check_nodes(self) -> None:
+        """`partition=nodes` needs nodes, and a public set that they can hold a copy of."""
+        if not isinstance(instantiate(self.config["partition"]), Nodes):
+            return
+        if self.members is None:
+            raise ConfigError(
+                "partition=nodes says that every client's images are on a machine of its own: run it with "
+                "fedssl-deploy. A simulation splits one data set, as partition=dirichlet, iid, ... do."
+            )
+        if not isinstance(instantiate(self.config["public"]), Dataset):
+            raise ConfigError(
+                "partition=nodes needs public=dataset, a data set of which the server and every node hold a copy: the "
+                "other kinds take the public images from the private ones, which the server does not have."
+            )
+
     def _check_public_source(self) -> None:
         """Refuse public images "of another data set" that are the private ones themselves."""
         private = self.config["data"]
         public = self.config["public"].get("source")
-        if public is None or any(public.get(key) != private.get(key) for key in ("name", "train_split")):
+        if (
+            public is None
+            or isinstance(instantiate(self.config["partition"]), Nodes)
+            or any(public.get(key) != private.get(key) for key in ("name", "train_split"))
+        ):
             return
         roots = [Path(node["root"]).expanduser().resolve() if "root" in node else None for node in (public, private)]
         if roots[0] == roots[1]:
@@ -472,6 +535,10 @@ class Setup:
                 f"{f' (root {roots[0]})' if roots[0] else ''}: the public images would be the clients' own. Use "
                 f"public=held_out, which takes them out of the clients' hands, or another public.data or public.root."
             )
+
+
+def _release(text: str) -> list[str]:
+    return text.split(".")[:2]
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:

@@ -1,4 +1,7 @@
-"""One simulation from configuration to summary; resume; replay."""
+"""One run from configuration to summary; resume; replay.
+
+A simulation opens its own grid; in a deployment the nodes are there already, and the grid comes in (`deployed`).
+"""
 
 import contextlib
 import copy
@@ -28,6 +31,7 @@ from fedssl.federation.client import Broadcast, Client, check_names
 from fedssl.federation.client_app import make_client_app
 from fedssl.federation.flower_compat import make_context
 from fedssl.federation.grids.base import node_config
+from fedssl.federation.grids.deployed import DeployedGrid
 from fedssl.federation.grids.in_process import InProcess, torch_threads
 from fedssl.federation.records import Upload, family_state, load_state
 from fedssl.federation.roster import ask_roster
@@ -39,11 +43,12 @@ from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, writ
 MAX_MAPPED = 1000  # public images on the map
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one simulation from its start.
+def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> dict[str, Any]:
+    """Run one simulation, or one deployment, from its start.
 
     Args:
         config: the resolved configuration, as `config.yaml` of a run directory holds it (`fedssl.config.compose`).
+        deployed: the way to real clients; None: those that `grid=` simulates.
 
     Returns:
         What `summary.json` holds. `status` is "stopped" where `max_seconds` ended the run.
@@ -51,7 +56,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FedSSLError: bad input (`ConfigError`), or too few replies (`TooFewRepliesError`).
     """
-    config = copy.deepcopy(dict(config))
+    config = _own_copy(config)
     check_values(config)
     run_dir = Path(config["run_dir"])
     if run_dir.is_dir() and any(run_dir.iterdir()):
@@ -61,23 +66,25 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     if moved := config["client"].get("store"):
         config["client"]["store"] = str(Path(moved).expanduser().absolute())  # wherever the run is resumed
         _claim_store(Path(config["client"]["store"]))
-    setup = Setup(config)
-    setup.check()
+    setup = _setup(config, None, deployed)
     strategy = build_strategy(setup)
     config["federation"]["report_family"] = setup.report_family  # the one that was chosen, for those who read the run
     _make_writable(run_dir, "run_dir")
     write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     setup.data.save(run_dir / "partition.npz")
     write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
-    return _simulate(setup, strategy, run_dir)
+    if deployed is not None:
+        write_json(run_dir / "deployment.json", {"run_id": deployed.run_id})
+    return _simulate(setup, strategy, run_dir, deployed)
 
 
-def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+def resume(config: Mapping[str, Any], run_dir: Path, *, deployed: DeployedGrid | None = None) -> dict[str, Any]:
     """Go on from the newest checkpoint of `run_dir`, or from the start where there is none yet.
 
     Args:
         config: the run's own configuration, with the overrides that a resume allows.
         run_dir: the run.
+        deployed: as for `run`.
 
     Returns, Raises: as `run`. A data set that is not the one the run began with is a `ConfigError`.
     """
@@ -85,8 +92,7 @@ def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     _make_writable(run_dir, "resume")
     if moved := config["client"].get("store"):
         _make_writable(Path(moved), "client.store")
-    setup = Setup(config, run_dir)
-    setup.check()
+    setup = _setup(config, run_dir, deployed)
     _check_memory(setup, run_dir)
     strategy = build_strategy(setup)
     manifest_path = run_dir / "manifest.json"
@@ -101,7 +107,7 @@ def resume(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "partition.npz").exists():
         setup.data.save(run_dir / "partition.npz")
     write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    return _simulate(setup, strategy, run_dir)
+    return _simulate(setup, strategy, run_dir, deployed)
 
 
 def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partition_id: int) -> dict[str, float]:
@@ -192,6 +198,21 @@ class ReplayedRound:
         return upload
 
 
+def _own_copy(config: Mapping[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(dict(config))
+
+
+def _setup(config: dict[str, Any], run_dir: Path | None, deployed: DeployedGrid | None) -> Setup:
+    """The run's parts, checked; those of a deployment know its nodes, for which they wait, and their architectures."""
+    setup = Setup(config, run_dir)
+    if deployed is not None:
+        members = deployed.join(setup)
+        config["federation"]["families"] = [members[p].family for p in sorted(members)]
+        setup = Setup(config, run_dir, members)
+    setup.check()
+    return setup
+
+
 # --- parts -------------------------------------------------------------------------------------------------------
 def build_strategy(setup: Setup) -> Strategy:
     """The server half that the configuration names."""
@@ -268,7 +289,7 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
         yield grid
 
 
-def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]:
+def _simulate(setup: Setup, strategy: Strategy, run_dir: Path, deployed: DeployedGrid | None) -> dict[str, Any]:
     """From the newest checkpoint, or the start, to the summary; a run that is killed on the way has none."""
     checkpoints = _checkpoints(setup, run_dir)
     state: State | None = None
@@ -278,7 +299,7 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]
         state = State(arrays=arrays, progressed=progressed)
     (run_dir / "summary.json").unlink(missing_ok=True)  # of the sitting before
     try:
-        state, status = _work(setup, strategy, run_dir, checkpoints, state)
+        state, status = _work(setup, strategy, run_dir, checkpoints, state, deployed)
     except (Exception, KeyboardInterrupt) as error:
         if rounds := checkpoints.rounds():
             arrays, _, progressed = checkpoints.load(rounds[-1])
@@ -290,7 +311,12 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path) -> dict[str, Any]
 
 
 def _work(
-    setup: Setup, strategy: Strategy, run_dir: Path, checkpoints: Checkpoints, state: State | None
+    setup: Setup,
+    strategy: Strategy,
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    state: State | None,
+    deployed: DeployedGrid | None,
 ) -> tuple[State, str]:
     """The rounds after `state` (None: all, and the initial evaluation); returns the last state and how it ended."""
     started = time.monotonic()
@@ -307,7 +333,7 @@ def _work(
         if state and state.round_num > 0:
             tracker.row(state.round_num, "server", state.progressed.server_row)
         progress.phase("starting")
-        grid = stack.enter_context(_open_grid(setup, run_dir))
+        grid = deployed or stack.enter_context(_open_grid(setup, run_dir))
         loop = Rounds(
             setup=setup,
             strategy=strategy,

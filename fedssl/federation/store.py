@@ -55,9 +55,14 @@ class ClientStore:
         save_file({name: value.detach().cpu().contiguous() for name, value in memory.items()}, partial)
         partial.replace(path)
 
-    def prune(self, oldest_base: int) -> None:
-        """Delete the versions that no task based on round `oldest_base` or later can read, and what a kill left."""
-        for folder in self.root.glob("[0-9]*"):
+    def prune(self, oldest_base: int, partition_id: int | None = None) -> None:
+        """Delete the versions that no task based on round `oldest_base` or later can read, and what a kill left.
+
+        Args:
+            oldest_base: 0 for the initial state.
+            partition_id: whose; None: everybody's.
+        """
+        for folder in self.root.glob("[0-9]*" if partition_id is None else str(partition_id)):
             for partial in folder.glob("*.partial*"):
                 partial.unlink(missing_ok=True)
             readable = [version for version in self.versions(int(folder.name)) if version <= oldest_base]

@@ -1,0 +1,160 @@
+"""The `ClientApp` of a deployment: what a SuperNode, or Flower's own simulation engine, calls with a message.
+
+The run's configuration comes with Flower's run configuration, as one JSON value; the node's own comes from a file that
+its owner named. A SuperNode starts a process for every message, so nothing here outlives one except the client store.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedssl.deploy.node import NodeSetup, node_of
+from fedssl.deploy.processes import NODE_FILE, RUN_CONFIG
+from fedssl.errors import ConfigError, FedSSLError
+from fedssl.federation import flower_compat
+from fedssl.federation.client_app import make_client_app
+from fedssl.federation.grids.in_process import torch_threads
+from fedssl.federation.roster import Introduction
+from fedssl.targets import OURS, allow_only, check_targets
+
+ALLOWED = "FEDSSL_ALLOW_TARGETS"  # of a node without such a file: more names, separated by commas
+
+
+class DeployedApp(ClientApp):
+    """Answers every message; what goes wrong is the answer, too."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Flower's way to call it."""
+        return within(message.metadata.ttl, _answer, message, context)
+
+
+app = DeployedApp()
+
+
+def _answer(message: Message, context: Context) -> Message:
+    told = str(context.run_config.get(RUN_CONFIG, ""))
+    own = context.node_config.get(NODE_FILE)
+    try:
+        node = _owners_word(Path(str(own))) if own else _rehearsal(context.node_config, told)
+        context.node_config["partition-id"] = node["partition_id"]
+        client = _client_app(told, json.dumps(node, sort_keys=True))
+    except FedSSLError as error:
+        return Message(Error(flower_compat.CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    reply: Message = client(message, context)
+    return reply
+
+
+def within(seconds: float, client: Any, message: Message, context: Context) -> Message:
+    """Call `client` and return its reply, or after `seconds` an error, so that the node is free for the next message.
+
+    What hangs is left to the end of this process, which a SuperNode starts for one message.
+    """
+    outcome: list[Message | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(client(message, context))
+        except BaseException as error:
+            outcome.append(error)
+
+    worker = threading.Thread(target=work, name="client", daemon=True)
+    worker.start()
+    worker.join(min(seconds, threading.TIMEOUT_MAX))
+    if not outcome:
+        reason = f"still at work after {seconds:.0f} s, when nobody waits any more (federation.round_timeout)"
+        return Message(Error(flower_compat.CLIENT_RAISED, reason), reply_to=message)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _owners_word(path: Path) -> dict[str, Any]:
+    try:
+        node: dict[str, Any] = yaml.safe_load(path.read_text())
+        _ = node["partition_id"]
+    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} (node config {NODE_FILE}) is no node of fedssl-deploy: {error}") from error
+    return node
+
+
+def _rehearsal(node_config: Mapping[str, Any], told: str) -> dict[str, Any]:
+    """A node that Flower started with nothing but its number: it rehearses with that partition of the run's data."""
+    if "partition-id" not in node_config:
+        raise ConfigError(
+            f"the node config has neither {NODE_FILE} nor partition-id: start nodes with fedssl-deploy client, or with "
+            f"--node-config 'partition-id=0 num-partitions=3' to rehearse"
+        )
+    return {
+        "partition_id": int(node_config["partition-id"]),
+        "data": None,
+        "rehearsal_root": None,
+        "public": {"data": None, "root": None},
+        "method": None,
+        "family": None,
+        "device": "auto",
+        "store": str(Path(_told(told)["config"]["run_dir"]) / "nodes"),
+        "allow_targets": [*OURS, *(entry for entry in os.environ.get(ALLOWED, "").split(",") if entry)],
+    }
+
+
+def _told(text: str) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(text)
+        _ = told["config"]["run_dir"], told["config"]["strategy"]["client"], told["run_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the run configuration has no {RUN_CONFIG} of fedssl ({error!r}): start runs with fedssl-deploy server, "
+            f"or as fedssl-deploy bundle says"
+        ) from error
+    return told
+
+
+@lru_cache(maxsize=1024)  # Flower's engine keeps a process for many messages; a SuperNode does not
+def _client_app(told_text: str, node_text: str) -> Any:
+    """The app of this node in this run."""
+    told, node = _told(told_text), node_of(json.loads(node_text))
+    config = told["config"]
+    check_targets(
+        {**config, "strategy": config["strategy"]["client"]}, node.allow_targets
+    )  # the other half stays there
+    allow_only(node.allow_targets)
+    setup = NodeSetup(config, node)
+    setup.check()
+    store = node.store_of(told["run_id"])
+    inner = make_client_app(setup, setup.client_half, store)
+
+    @inner.query("join")
+    def join(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"join": introduction(setup).to_record()}), reply_to=message)
+
+    def answer(message: Message, context: Context) -> Message:
+        with torch_threads(setup.local.threads):  # part of the result
+            reply: Message = inner(message, context)
+        if versions := store.versions(node.partition_id):
+            store.prune(versions[-1] - setup.federation.keep_checkpoints, node.partition_id)
+        return reply
+
+    return answer
+
+
+def introduction(setup: NodeSetup) -> Introduction:
+    """What this node says of itself before the first round."""
+    partition_id = setup.node.partition_id
+    return Introduction(
+        partition_id=partition_id,
+        family=setup.family(partition_id),
+        num_images=len(setup.data.partitions[partition_id]),
+        trains=partition_id != setup.data.public_partition,
+        public_fingerprint=setup.public_set.fingerprint,
+        rehearsal=setup.rehearses,
+        version=version("fedssl"),
+    )
