@@ -123,9 +123,8 @@ def _client_app(told_text: str, node_text: str) -> Any:
     """The app of this node in this run."""
     told, node = _told(told_text), node_of(json.loads(node_text))
     config = told["config"]
-    check_targets(
-        {**config, "strategy": config["strategy"]["client"]}, node.allow_targets
-    )  # the other half stays there
+    here = {**config, "strategy": config["strategy"]["client"]}  # the server's half is not built here
+    check_targets(here, node.allow_targets)
     allow_only(node.allow_targets)
     setup = NodeSetup(config, node)
     setup.check()

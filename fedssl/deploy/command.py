@@ -129,12 +129,12 @@ def _server(options: argparse.Namespace) -> int:
             flower_run = link.submit(copy_bundle(home / "app"), run_config(home / "run.toml", told))
             code, message = _follow(link, home, flower_run)
     if code not in (OK, 4):
-        raise _Ended(code, message)
+        raise _RunEndedError(code, message)
     summary = json.loads((run_dir / "summary.json").read_text())
     return finish(summary, run_dir, [])
 
 
-class _Ended(FedSSLError):
+class _RunEndedError(FedSSLError):
     """The run ended so; the exit code is its own."""
 
     def __init__(self, code: int, message: str) -> None:
