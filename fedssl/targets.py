@@ -54,7 +54,11 @@ def check_targets(node: Any, entries: Sequence[str]) -> None:
 def _leaves(node: Any, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _leaves(value, f"{where}.{key}" if where else str(key))
+            inside = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                yield inside, value  # whole, whatever it is
+            else:
+                yield from _leaves(value, inside)
     elif isinstance(node, list | tuple):
         for number, value in enumerate(node):
             yield from _leaves(value, f"{where}[{number}]")
@@ -63,7 +67,7 @@ def _leaves(node: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check(where: str, name: Any, entries: Sequence[str]) -> None:
-    if name in entries:
+    if name in entries and not str(name).endswith("."):
         return
     hint = f"Allowed are {', '.join(entries) or 'none'} (allow_targets= of this node)."
     prefix = next((entry for entry in entries if entry.endswith(".") and str(name).startswith(entry)), None)
