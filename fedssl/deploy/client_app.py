@@ -7,6 +7,7 @@ its owner named. A SuperNode starts a process for every message, so nothing here
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from fedssl.federation.grids.in_process import torch_threads
 from fedssl.federation.roster import Introduction
 from fedssl.targets import OURS, allow_only, check_targets
 
+AWAKE_SECONDS = 0.2  # Flower's signal that its parent has died reaches a thread that waits only when it looks up
 ALLOWED = "FEDSSL_ALLOW_TARGETS"  # of a node without such a file: more names, separated by commas
 
 
@@ -68,7 +70,9 @@ def within(seconds: float, client: Any, message: Message, context: Context) -> M
 
     worker = threading.Thread(target=work, name="client", daemon=True)
     worker.start()
-    worker.join(min(seconds, threading.TIMEOUT_MAX))
+    deadline = time.monotonic() + seconds
+    while worker.is_alive() and time.monotonic() < deadline:
+        worker.join(min(seconds, AWAKE_SECONDS))
     if not outcome:
         reason = f"still at work after {seconds:.0f} s, when nobody waits any more (federation.round_timeout)"
         return Message(Error(flower_compat.CLIENT_RAISED, reason), reply_to=message)
@@ -128,7 +132,7 @@ def _client_app(told_text: str, node_text: str) -> Any:
     allow_only(node.allow_targets)
     setup = NodeSetup(config, node)
     setup.check()
-    store = node.store_of(told["run_id"])
+    store = node.store_of(str(told["run_id"]))
     inner = make_client_app(setup, setup.client_half, store)
 
     @inner.query("join")
