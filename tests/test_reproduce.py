@@ -22,6 +22,8 @@ from PIL import Image
 from fedssl.config import check_values, compose
 from fedssl.errors import ConfigError
 from fedssl.federation.replies import KeptReplies
+from fedssl.lock import NAME as LOCK
+from fedssl.lock import held
 from tests.federation_helpers import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -521,6 +523,21 @@ def test_a_row_that_changed_since_does_not_go_on(tiny: Path, capsys: pytest.Capt
     assert "holds a run with client.batch_size 8 and not 16: the row" in capsys.readouterr().err
 
 
+def test_a_row_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one folder; another row, or folder, does not wait for it."""
+    work = tiny.parent / "work" / "averaged"
+    work.mkdir(parents=True)
+    with held(work, "", ""):
+        assert measure(tiny, "averaged", "work") == (2, {})
+        said = f"error: {work} is in use by process {os.getpid()} on "
+        assert said in (err := capsys.readouterr().err)
+        assert "name another folder with --work" in err
+        assert [path.name for path in work.iterdir()] == [LOCK]
+        assert measure(tiny, "missed", "work")[0] == reproduce.MISSED
+    assert measure(tiny, "averaged", "work", "--seconds", "0.001")[0] == reproduce.STOPPED
+    assert not (work / LOCK).exists()
+
+
 @pytest.mark.parametrize(("content", "message"), [("", "cannot read"), ("{}", "no summary"), ("[]", "no summary")])
 def test_a_damaged_summary_is_named(content: str, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.parent / "work" / "averaged" / "run" / "summary.json"
@@ -806,6 +823,21 @@ def test_a_row_that_outlasts_the_sitting_writes_how_far_it_is(tiny: Path, monkey
 def test_a_sitting_without_time_leaves_its_files(tiny: Path) -> None:
     code, left = accept(tiny, "--parts", "rows", "--seconds", "5")
     assert (code, left["rows"], left["acceptance"]["parts"]) == (0, {}, [])
+
+
+def test_a_sitting_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows that it measures are no second one."""
+    out, work = tiny.parent / "o", tiny.parent / "w"
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(out), "--work", str(work), "--parts", "rows"]
+    arguments += ["--names", "averaged", "--seconds", "200"]
+    work.mkdir()
+    with held(work, "", ""):
+        assert gpu_acceptance.main(arguments) == 2
+        assert f"error: --work {work} is in use by process {os.getpid()} on " in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+    assert gpu_acceptance.main(arguments) == 0
+    [part] = json.loads((out / "acceptance.json").read_text())["parts"]
+    assert (part["name"], part["code"]) == ("row averaged", 0)
 
 
 def test_a_part_is_ended_at_its_limit_with_all_it_started(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run from its configuration to its directory: what it leaves, how it fails, resumes and is replayed."""
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fedssl
+from fedssl.__main__ import main
 from fedssl.data.federated import FederatedData
 from fedssl.errors import ConfigError, DataError, TooFewRepliesError
 from fedssl.evaluate import Evaluator, extract_features, principal_plane
@@ -24,6 +26,9 @@ from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
+from fedssl.lock import NAME as LOCK
+from fedssl.lock import held
+from fedssl.report import compare
 from tests.federation_helpers import (
     FAMILIES,
     ON_RAY,
@@ -308,6 +313,96 @@ def test_kill_9_and_resume_equals_a_run_that_was_left_alone(when: str, flesd: Pa
     assert [row["round"] for row in rows(run_dir, "server")] == [1, 2]
     assert rows(run_dir) == rows(flesd)
     assert not list(run_dir.rglob("*partial*"))
+
+
+HELD = """
+import json, sys
+import torch
+from pathlib import Path
+torch.set_num_threads(1)
+from fedssl.federation import simulation, rounds
+
+save = rounds.Checkpoints.save
+def save_and_wait(self, arrays, state, progressed):
+    save(self, arrays, state, progressed)
+    if progressed.round_num == 1:
+        print("round 1", flush=True)
+        input()
+rounds.Checkpoints.save = save_and_wait
+config = json.loads(Path(sys.argv[1]).read_text())
+if sys.argv[2] == "run":
+    simulation.run(config)
+else:
+    simulation.resume(config, Path(config["run_dir"]))
+"""
+
+
+@pytest.mark.parametrize("how", ["run", "resume"])
+def test_a_run_directory_is_one_process_at_a_time(
+    how: str, flesd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a run nor a resume joins it; after a kill a resume ends as if nothing had been."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds to it
+    run_dir = tmp_path / "run"
+    config = small(run_dir, *FLESD)
+    if how == "resume":  # of one that came no further than its configuration
+        run_dir.mkdir()
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+        (run_dir / LOCK).write_text("process 1 on a machine that has gone")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", HELD, str(tmp_path / "config.json"), how]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process, process.stdin:
+        try:
+            assert any(line == "round 1\n" for line in process.stdout)
+            before = tree_hash(run_dir)
+            assert main([f"resume={run_dir}"]) == 2
+            assert f"error: resume={run_dir} is in use by process {process.pid} on " in capsys.readouterr().err
+            assert main(["grid=in_process", f"run_dir={run_dir}"]) == 2
+            said = capsys.readouterr().err
+            assert f"error: run_dir={run_dir} is in use by process {process.pid} on " in said
+            assert f"go on with that run by resume={run_dir} when it has ended" in said
+            assert tree_hash(run_dir) == before
+            compare([run_dir], tmp_path / "report")  # one may look at it
+            assert compare([run_dir], tmp_path / "report").broken == {}
+        finally:
+            process.kill()
+    assert main([f"resume={run_dir}"]) == 0
+    assert_same_run(run_dir, flesd)
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in flesd.iterdir()} | {"report.html"}
+
+
+@pytest.mark.parametrize(("still_there", "said"), [(True, "is in use by process"), (False, "is not empty: choose")])
+def test_a_run_does_not_begin_where_another_has_just_begun(
+    still_there: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found the directory empty, and then read their images for a while."""
+    run_dir = tmp_path / "run"
+    build = simulation.build_strategy
+    with contextlib.ExitStack() as other:
+
+        def build_while_another_begins(setup: Setup) -> Any:
+            run_dir.mkdir()
+            if still_there:
+                other.enter_context(held(run_dir, "", ""))
+            (run_dir / "config.yaml").write_text("another's")
+            return build(setup)
+
+        monkeypatch.setattr(simulation, "build_strategy", build_while_another_begins)
+        with pytest.raises(ConfigError, match=f"run_dir={run_dir} {said}"):
+            fedssl.run(small(run_dir, *FLESD))
+    assert [(path.name, path.read_text()) for path in run_dir.iterdir()] == [("config.yaml", "another's")]
+
+
+def test_a_directory_that_a_kill_left_with_a_lock_alone_is_empty(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / LOCK).write_text("process 1 on a machine that has gone")
+    assert fedssl.run(small(run_dir, "strategy=fedavg", "evaluate.every=9"))["status"] == "completed"
+    assert not (run_dir / LOCK).exists()
 
 
 def test_a_resumed_client_does_not_see_its_own_future(tmp_path: Path) -> None:

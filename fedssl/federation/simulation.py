@@ -38,6 +38,8 @@ from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Rounds, State
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
+from fedssl.lock import NAME as LOCK
+from fedssl.lock import check_free, held
 from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
 
 MAX_MAPPED = 1000  # public images on the map
@@ -54,15 +56,15 @@ def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> d
         What `summary.json` holds. `status` is "stopped" where `max_seconds` ended the run.
 
     Raises:
-        FedSSLError: bad input (`ConfigError`), or too few replies (`TooFewRepliesError`).
+        FedSSLError: bad input (`ConfigError`), another process in the run directory too, or too few replies
+            (`TooFewRepliesError`).
     """
     config = _own_copy(config)
     check_values(config)
     run_dir = Path(config["run_dir"])
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ConfigError(
-            f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
-        )
+    in_use = (f"run_dir={run_dir}", f"choose another, or go on with that run by resume={run_dir} when it has ended")
+    check_free(run_dir, *in_use)
+    _check_empty(run_dir)
     if moved := config["client"].get("store"):
         config["client"]["store"] = str(Path(moved).expanduser().absolute())  # wherever the run is resumed
         _claim_store(Path(config["client"]["store"]))
@@ -70,12 +72,14 @@ def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> d
     strategy = build_strategy(setup)
     config["federation"]["report_family"] = setup.report_family  # the one that was chosen, for those who read the run
     _make_writable(run_dir, "run_dir")
-    write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    setup.data.save(run_dir / "partition.npz")
-    write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
-    if deployed is not None:
-        write_json(run_dir / "deployment.json", {"run_id": deployed.run_id})
-    return _simulate(setup, strategy, run_dir, deployed)
+    with held(run_dir, *in_use):
+        _check_empty(run_dir)  # another may have begun since
+        write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        setup.data.save(run_dir / "partition.npz")
+        write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
+        if deployed is not None:
+            write_json(run_dir / "deployment.json", {"run_id": deployed.run_id})
+        return _simulate(setup, strategy, run_dir, deployed)
 
 
 def resume(config: Mapping[str, Any], run_dir: Path, *, deployed: DeployedGrid | None = None) -> dict[str, Any]:
@@ -90,24 +94,25 @@ def resume(config: Mapping[str, Any], run_dir: Path, *, deployed: DeployedGrid |
     """
     config = fill_in(config)
     _make_writable(run_dir, "resume")
-    if moved := config["client"].get("store"):
-        _make_writable(Path(moved), "client.store")
-    setup = _setup(config, run_dir, deployed)
-    _check_memory(setup, run_dir)
-    strategy = build_strategy(setup)
-    manifest_path = run_dir / "manifest.json"
-    if manifest_path.exists():
-        began_with = yaml.safe_load(manifest_path.read_text())["data"]
-        if began_with != _digests(setup):
-            raise ConfigError(
-                f"the images are not those that {run_dir} began with (manifest.json: data): set data.root"
-            )
-    else:
-        write_json(manifest_path, manifest(config, data=_digests(setup)))
-    if not (run_dir / "partition.npz").exists():
-        setup.data.save(run_dir / "partition.npz")
-    write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    return _simulate(setup, strategy, run_dir, deployed)
+    with held(run_dir, f"resume={run_dir}", "end it there, or wait until it has ended, and resume again"):
+        if moved := config["client"].get("store"):
+            _make_writable(Path(moved), "client.store")
+        setup = _setup(config, run_dir, deployed)
+        _check_memory(setup, run_dir)
+        strategy = build_strategy(setup)
+        manifest_path = run_dir / "manifest.json"
+        if manifest_path.exists():
+            began_with = yaml.safe_load(manifest_path.read_text())["data"]
+            if began_with != _digests(setup):
+                raise ConfigError(
+                    f"the images are not those that {run_dir} began with (manifest.json: data): set data.root"
+                )
+        else:
+            write_json(manifest_path, manifest(config, data=_digests(setup)))
+        if not (run_dir / "partition.npz").exists():
+            setup.data.save(run_dir / "partition.npz")
+        write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        return _simulate(setup, strategy, run_dir, deployed)
 
 
 def replay(config: Mapping[str, Any], run_dir: Path, *, round_num: int, partition_id: int) -> dict[str, float]:
@@ -200,6 +205,13 @@ class ReplayedRound:
 
 def _own_copy(config: Mapping[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(dict(config))
+
+
+def _check_empty(run_dir: Path) -> None:
+    if run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir={run_dir} is not empty: choose another, or go on with the run in it by resume={run_dir}"
+        )
 
 
 def _setup(config: dict[str, Any], run_dir: Path | None, deployed: DeployedGrid | None) -> Setup:

@@ -10,7 +10,7 @@ offered; benchmarks that were not tried come before one that was. No part ends a
 own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most
 16 MiB: acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them
 over), benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the
-sitting.
+sitting, and which one process has at a time.
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
@@ -42,6 +42,8 @@ from typing import Any
 
 from bench import rows
 from bench.rows import load_table, read_results
+
+from fedssl.lock import held
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "benchmarks", "rows")
@@ -199,8 +201,6 @@ class Acceptance:
             self.table.row(name)  # refuses one that there is not
         self.deadline = time.monotonic() + args.seconds
         self.parts: list[Part] = []
-        for folder in (args.out, args.work):
-            folder.mkdir(parents=True, exist_ok=True)
         self.results = args.work / "results"
         self.results.mkdir(exist_ok=True)
         self.machine = machine()
@@ -388,12 +388,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parse(argv)
     try:
-        acceptance = Acceptance(args)
-        try:
-            return acceptance()
-        except KeyboardInterrupt:
-            acceptance.write()
-            return INTERRUPTED
+        for folder in (args.out, args.work):
+            folder.mkdir(parents=True, exist_ok=True)
+        with held(args.work, f"--work {args.work}", "wait until it has ended, or name another folder"):
+            acceptance = Acceptance(args)
+            try:
+                return acceptance()
+            except KeyboardInterrupt:
+                acceptance.write()
+                return INTERRUPTED
     except ValueError as error:  # a ConfigError is one, and fedssl may not be importable
         print(f"error: {error}", file=sys.stderr)
         return 2

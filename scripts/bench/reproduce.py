@@ -11,7 +11,8 @@ it falls into, or, where clients work long (federation.keep_replies_after), only
 nothing of which earlier rounds, of this run or of another shard, say that it would end later, and what still runs then
 is interrupted. An attempt that got nowhere is remembered in the result: with no more seconds it is not made again.
 The result is written when a run begins and when the command ends: `measured` and `holds` are null until the row is
-whole, and `holds` always for a shrunken one; `machines` are all that had a part in it.
+whole, and `holds` always for a shrunken one; `machines` are all that had a part in it. Rows can be measured at the same
+time in one WORK; a second process on the same row ends with exit code 2.
 Exit codes: 0 whole; 1 whole, and the published number is missed; 2 bad input; 4 stopped by --seconds; 130 interrupted.
 """
 
@@ -34,6 +35,7 @@ from bench.rows import Row, Table, load_table, read_results
 
 from fedssl.config import compose, fill_in
 from fedssl.errors import ConfigError, FedSSLError
+from fedssl.lock import held
 
 OK, MISSED, STOPPED, INTERRUPTED = 0, 1, 4, 130
 ABSENT = "(absent)"
@@ -367,7 +369,6 @@ def reproduce(
     from fedssl.tracking import write_json
 
     started = time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
     output.parent.mkdir(parents=True, exist_ok=True)
     before = earlier(output, row, table)
@@ -520,13 +521,15 @@ def _measure(args: argparse.Namespace, table: Table) -> int:
             raise ConfigError(
                 f"torch sees no GPU here, and {row.name} would take days without: add --cpu for its shrunken version"
             )
-    label = row.name + ("-cpu" if args.cpu else "")
-    return reproduce(
-        row,
-        table,
-        shrunken=args.cpu,
-        data=args.data,
-        work=args.work / label,
-        seconds=args.seconds,
-        output=args.output or rows.RESULTS / row.file(args.cpu),
-    )
+    work = args.work / (row.name + ("-cpu" if args.cpu else ""))
+    work.mkdir(parents=True, exist_ok=True)
+    with held(work, str(work), "wait until it has ended, or name another folder with --work"):
+        return reproduce(
+            row,
+            table,
+            shrunken=args.cpu,
+            data=args.data,
+            work=work,
+            seconds=args.seconds,
+            output=args.output or rows.RESULTS / row.file(args.cpu),
+        )
