@@ -9,15 +9,13 @@ import yaml
 
 from fedssl.config import check_values, compose, overridden
 from fedssl.errors import ConfigError
+from fedssl.settings import RESUMABLE, covers
 
 # What is printed of summary.json.
 SUMMARY = {
     "strategy", "data", "status", "rounds", "wall_seconds", "uplink_bytes", "downlink_bytes", "families",
     "report_family",
 }  # fmt: skip
-
-# What a resume may change without changing what the run means.
-RESUMABLE = ("grid", "device", "data.root", "max_seconds", "federation.num_rounds")
 
 
 def resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -37,7 +35,7 @@ def resumed(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], di
                 f"beside resume= it allows {', '.join(RESUMABLE)} (and grid.*)."
             )
         key = override.split("=", 1)[0]
-        if not any(key == allowed or (allowed == "grid" and key.startswith("grid.")) for allowed in RESUMABLE):
+        if not covers(RESUMABLE, key):
             raise ConfigError(
                 f"{override} would change what the run in {run_dir} means; a resume allows {', '.join(RESUMABLE)} "
                 f"(and grid.*). Everything else is read from {run_dir / 'config.yaml'}."

@@ -22,16 +22,11 @@ from flwr.app import Array, Message, MetricRecord
 from fedssl.federation import flower_compat
 from fedssl.federation.records import num_bytes
 from fedssl.federation.store import ClientStore
+from fedssl.settings import of_every_sitting
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**31 - 2**20  # protocol buffers end at 2 GiB
-OF_A_SITTING = ("run_dir", "resume", "replay", "max_seconds", "hydra", "grid", "device")  # a resume may have others
-OF_A_SITTING_WITHIN = {
-    "data": ("root",),
-    "client": ("store",),
-    "federation": ("num_rounds", "report_family", "keep_replies_after"),
-}
 
 
 class KeptReplies:
@@ -145,14 +140,6 @@ def _sha256_of(line: bytes, body: bytes) -> bytes:
     sha256 = hashlib.sha256(line)
     sha256.update(body)
     return sha256.hexdigest().encode() + b"\n"
-
-
-def of_every_sitting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resume cannot change."""
-    kept = {key: value for key, value in config.items() if key not in OF_A_SITTING}
-    for group, names in OF_A_SITTING_WITHIN.items():
-        kept[group] = {key: value for key, value in kept[group].items() if key not in names}
-    return kept
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from fedssl.report.pages import TIE, plural
-from fedssl.report.runs import METRICS, Run, covers, varying
+from fedssl.report.runs import METRICS, Run, varying
 from fedssl.report.sections import Section
+from fedssl.settings import covers
 
 MAX_KEYS = 12  # that are described; beyond it they are named
 MAX_NAMES = 4  # values of a key, groups of a value

@@ -17,6 +17,7 @@ import yaml
 
 from fedssl.config import fill_in
 from fedssl.errors import ConfigError, DataError
+from fedssl.settings import INCIDENTAL, INERT, covers
 
 METRICS = {  # in the order of importance; the names are the reports' column heads
     "linear_top1": "linear",
@@ -28,16 +29,6 @@ METRICS = {  # in the order of importance; the names are the reports' column hea
 HEADLINE = ("linear_top1", "knn_top1", "labels1_top1")  # those with a picture; the others stand in the tables
 RAW_PIXELS = "raw_pixels"  # the control's name where a family's would stand
 
-# Settings of no consequence: where files lie, and how long a run may take.
-INERT = (
-    "seed", "run_dir", "resume", "replay", "max_seconds", "hydra", "client.store", "federation.keep_checkpoints",
-    "federation.keep_replies_after",
-    "data.root", "data.download", "evaluate.root",
-)  # fmt: skip
-# Settings that say where or when a run happened, not what was run: they never tell two runs apart.
-INCIDENTAL = (
-    *INERT, "grid", "device", "federation.min_replies", "federation.round_timeout", "federation.devices.idle_s",
-)  # fmt: skip
 INCIDENTAL_OF_DATA = ("data.root", "data.download", "evaluate.root", "evaluate.every", "evaluate.batch_size")
 OUTCOMES = ("ok", "failed", "late", "refused")  # of a client task
 COUNTED = {  # by the scope of a row; beside them a row may hold anything
@@ -504,11 +495,6 @@ def varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
         return alike and all(s[key] == s.get(other) for s in settings if key in s)
 
     return [key for key in keys if not (covers(["strategy"], key) and any(repeats(key, other) for other in keys))]
-
-
-def covers(names: Sequence[str], key: str) -> bool:
-    """Whether the dotted `key` is one of `names` or below one."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

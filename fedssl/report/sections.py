@@ -8,7 +8,8 @@ import numpy as np
 from fedssl.errors import ConfigError
 from fedssl.report.gap import gaps_recovered
 from fedssl.report.paired import Difference, paired_difference
-from fedssl.report.runs import METRICS, Run, covers, tell_apart, varying
+from fedssl.report.runs import METRICS, Run, tell_apart, varying
+from fedssl.settings import covers
 
 GAP_METRIC = "linear_top1"
 

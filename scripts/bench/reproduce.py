@@ -36,6 +36,7 @@ from bench.rows import Row, Table, load_table, read_results
 from fedssl.config import compose, fill_in
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.lock import held
+from fedssl.settings import of_every_sitting
 
 OK, MISSED, STOPPED, INTERRUPTED = 0, 1, 4, 130
 ABSENT = "(absent)"
@@ -124,7 +125,6 @@ def _differing(began: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     None are those of a sitting, those that the run chose itself, and those that came after it began and that it has as
     conf/as_before.yaml says.
     """
-    from fedssl.federation.replies import of_every_sitting
     from fedssl.report.runs import flatten
 
     chosen = config["federation"]["report_family"] is None
