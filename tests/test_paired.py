@@ -16,7 +16,7 @@ def test_three_common_seeds_by_hand() -> None:
     found = paired_difference(ours, reference)
     half = 4.30265 * 0.02 / math.sqrt(3)
     assert found is not None
-    assert found.n == 3
+    assert found.num_seeds == 3
     assert found.mean == pytest.approx(-0.01)
     assert (found.low, found.high) == pytest.approx((-0.01 - half, -0.01 + half), abs=1e-6)
 
@@ -32,7 +32,7 @@ def test_as_scipy_has_it(n: int) -> None:
 
 def test_equal_differences_have_an_interval_without_width() -> None:
     found = paired_difference({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5})
-    assert found == Difference(n=2, mean=0.25, low=0.25, high=0.25)
+    assert found == Difference(num_seeds=2, mean=0.25, low=0.25, high=0.25)
     assert found.constant
     rounded = paired_difference({0: 0.95, 1: 0.96, 2: 0.1 + 0.2}, {0: 0.93, 1: 0.94, 2: 0.28})
     assert rounded is not None

@@ -845,6 +845,26 @@ def test_missing_controls_are_named(tmp_path: Path) -> None:
     assert caveats(sections_of(tmp_path)[0])[-1].startswith("Controls that are missing here: random init. ")
 
 
+def test_warnings_are_found_once_and_said_in_every_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "runs" / "a", data="digits")
+    make_run(tmp_path / "runs" / "b", data="cifar10")
+    asked: list[str] = []
+
+    def counted(section: Section) -> list[str]:
+        asked.append(section.title)
+        return [f"a warning of {section.title}"]
+
+    monkeypatch.setattr("fedssl.report.comparison.caveats", counted)
+    assert main([str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(asked) == ["cifar10, conv4_16", "digits, conv4_16"]
+    pages = [(tmp_path / "out" / name).read_text() for name in ("results.md", "report.html")]
+    for text in (*pages, capsys.readouterr().out):
+        for title in asked:
+            assert text.count(f"a warning of {title}") == 1
+
+
 def test_controls_that_differ_within_a_seed_are_a_warning(tmp_path: Path) -> None:
     """Of seed 1; a difference that no reader would see is none."""
     for i, (strategy, seed, initial) in enumerate(

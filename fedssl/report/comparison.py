@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -112,12 +113,17 @@ class Comparison:
             table[name] = table[name].astype("Int64")
         return table[first + [name for name in table if name not in first]]
 
+    @cached_property
+    def warnings(self) -> list[list[str]]:
+        """Of each section, what a reader should know before believing it."""
+        return [caveats(section) for section in self.sections]
+
     def summary(self) -> str:
         """The sections' tables and warnings, as Markdown."""
         parts = []
-        for section in self.sections:
+        for section, warnings in zip(self.sections, self.warnings, strict=True):
             parts += [f"## {section.title}", markdown(_section_table(section)), *_section_notes(section, self.against)]
-            if warnings := caveats(section):
+            if warnings:
                 parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in warnings))
             if paired := _paired(section, self.against):
                 title, table, note = paired
@@ -148,7 +154,7 @@ class Comparison:
             f"{completed} of {len(self.runs)} completed",
         ]
         sections = []
-        for section in self.sections:
+        for section, warnings in zip(self.sections, self.warnings, strict=True):
             colours = palette([group.label for group in section.groups])
             partitions, partitions_left_out = _partitions(section)
             maps, maps_left_out = _maps(section)
@@ -157,7 +163,7 @@ class Comparison:
                     "title": section.title,
                     "table": _section_table(section),
                     "notes": _section_notes(section, self.against),
-                    "warnings": caveats(section),
+                    "warnings": warnings,
                     "paired": _paired(section, self.against),
                     "pictures": _section_pictures(section, colours),
                     "spread": spread_table(section),
@@ -260,7 +266,7 @@ def _paired(section: Section, against: str | None) -> tuple[str, Table, str] | N
         return None
     table = Table(heads=["", "seeds", *(METRICS[name] for name in section.shown)])
     for label, differences in rows.items():
-        counts = sorted({difference.n for difference in differences.values()})
+        counts = sorted({difference.num_seeds for difference in differences.values()})
         cells = [
             Cell(text="", delta=difference.mean, interval=(difference.low, difference.high))
             if (difference := differences.get(name))

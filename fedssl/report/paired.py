@@ -16,13 +16,13 @@ class Difference:
     """A mean difference and how well it is known.
 
     Args:
-        n: seeds that both have, at least 2.
+        num_seeds: those that both have, at least 2.
         mean: over them.
         low: end of the confidence interval.
         high: its other end.
     """
 
-    n: int
+    num_seeds: int
     mean: float
     low: float
     high: float
@@ -51,4 +51,4 @@ def paired_difference(ours: Mapping[int, float], reference: Mapping[int, float])
     mean = float(differences.mean())
     spread = float(differences.std(ddof=1)) if np.ptp(differences) > ROUNDING else 0.0
     half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * spread / math.sqrt(n)
-    return Difference(n=n, mean=mean, low=mean - half, high=mean + half)
+    return Difference(num_seeds=n, mean=mean, low=mean - half, high=mean + half)
