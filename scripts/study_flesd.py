@@ -71,6 +71,7 @@ ARMS = {  # by name: whose similarities, and the settings of the distillation
 METRICS = ("linear_top1", "knn_top1", "labels1_top1")
 FIELDS = ("public", "arm", "seed", "partition", "family", *METRICS, "steps", "image_passes", "seconds")
 LOCAL, RANDOM = "local", "random"  # arms without a public set
+ALL_ARMS = (RANDOM, LOCAL, *ARMS)
 Row = dict[str, str]
 
 
@@ -310,7 +311,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=Path("data"), help="holds cifar10/ and tiny-imagenet-32-unlabelled/"
@@ -318,15 +319,20 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/study_flesd"))
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--public", default=",".join(PUBLIC))
-    parser.add_argument("--arms", default=",".join([RANDOM, LOCAL, *ARMS]))
+    parser.add_argument("--arms", default=",".join(ALL_ARMS))
     parser.add_argument("--table", action="store_true", help="only print the tables of WORK/flesd_study.csv")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.table:
         print(markdown(read(given.work / "flesd_study.csv")), end="")
         return 0
+    publics, arms = given.public.split(","), given.arms.split(",")
+    for option, names, known in (("--public", publics, PUBLIC), ("--arms", arms, ALL_ARMS)):
+        if unknown := [name for name in names if name not in known]:
+            parser.error(f"{option} has {', '.join(unknown)}; there are {', '.join(known)}")
+    if not all(seed.strip().isdecimal() for seed in given.seeds.split(",")):
+        parser.error(f"--seeds are whole numbers with commas between them, got {given.seeds!r}")
     torch.set_num_threads(1)
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    study(given.work, given.data, seeds, given.public.split(","), given.arms.split(","))
+    study(given.work, given.data, [int(seed) for seed in given.seeds.split(",")], publics, arms)
     return 0
 
 
