@@ -22,6 +22,7 @@ from fedssl.deploy.processes import (
     NODE_FILE,
     Certificates,
     SuperLink,
+    check_protection,
     copy_bundle,
     end,
     ending_on_signals,
@@ -32,7 +33,7 @@ from fedssl.deploy.processes import (
     supernode_command,
 )  # fmt: skip
 from fedssl.errors import ConfigError, FedSSLError
-from fedssl.outcome import BAD_INPUT, OK, finish, outcome_of, print_summary
+from fedssl.outcome import BAD_INPUT, INTERRUPTED, OK, finish, outcome_of, print_summary
 from fedssl.resuming import resumed
 from fedssl.tracking import write_json
 
@@ -226,15 +227,25 @@ def _client(options: argparse.Namespace) -> int:
         write_json(home / "node.json", node)
     except OSError as error:
         raise ConfigError(f"store={store} cannot be written: {error.strerror}") from error
+    check_protection(options.superlink, certificates)
+    print(f"node of partition {node['partition_id']}, memory in {store}", flush=True)
+    try:
+        return _keep_running(options, certificates, home, int(node["partition_id"]))
+    except KeyboardInterrupt:
+        print(f"the node has ended; its memory stays in {store}", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _keep_running(options: argparse.Namespace, certificates: Certificates | None, home: Path, partition_id: int) -> int:
+    """A SuperNode, and after it ended another."""
     seen = environment(home / "flower", own_commands(home / "bin"))
     restarts, pause = 0, RESTART_SECONDS
-    print(f"node of partition {node['partition_id']}, memory in {store}", flush=True)
     while True:
         command = supernode_command(
             options.superlink,
             certificates=certificates,
             key=options.key,
-            node_config={NODE_FILE: str(home / "node.json"), "partition-id": node["partition_id"]},
+            node_config={NODE_FILE: str(home / "node.json"), "partition-id": partition_id},
         )
         started = time.monotonic()
         process = subprocess.Popen(command, env=seen, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -243,7 +254,8 @@ def _client(options: argparse.Namespace) -> int:
         finally:
             end(process)
         if options.restarts is not None and restarts >= options.restarts:
-            raise FedSSLError(f"the node ended (its last lines are above) and was restarted {restarts} times")
+            hint = ". The server admits keys whose .pub is in its --keys" if options.key else ""
+            raise FedSSLError(f"the node ended (its last lines are above) and was restarted {restarts} times{hint}")
         pause = RESTART_SECONDS if time.monotonic() - started > LONG_SECONDS else min(pause * 1.5, MAX_RESTART_SECONDS)
         restarts += 1
         print(f"the node ended; it starts again in {pause:.0f} s", flush=True)

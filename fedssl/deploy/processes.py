@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from fedssl.federation import flower_compat
 
 READY_SECONDS = 60.0  # for a SuperLink to answer
 END_SECONDS = 10.0  # for a process to end when asked, before it is killed
+LOOK_SECONDS = 5.0  # for a server to say how it speaks
 RUN_CONFIG = "cfg-json"  # key of Flower's run config: the run, in one JSON value
 NODE_FILE = "fedssl-node"  # key of a SuperNode's node config: the file that says what it brings
 CONNECTION = "fedssl"  # the SuperLink's name in Flower's config.toml
@@ -43,6 +45,14 @@ class Certificates:
     def ca(self) -> Path:
         """The certificate of who signed the server's."""
         return self.folder / "ca.crt"
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """For whoever connects to the server."""
+        try:
+            return ssl.create_default_context(cafile=str(self.ca))
+        except ssl.SSLError as error:
+            raise ConfigError(f"--certificates {self.folder}: {self.ca.name} is no certificate ({error})") from error
 
     @property
     def of_the_server(self) -> list[str]:
@@ -86,15 +96,54 @@ def environment(home: Path, bin_dir: Path | None = None) -> dict[str, str]:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ask a process to end, then make it."""
-    if process.poll() is not None:
-        return
-    process.terminate()
+    """Ask a process to end, then make it; likewise what is left of the session that it leads."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    with contextlib.suppress(ProcessLookupError):  # nobody is left, or it led none
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def check_protection(address: str, certificates: Certificates | None) -> None:
+    """Does who answers at `address` speak as this node does? By itself a SuperNode goes on trying, without a reason.
+
+    Raises:
+        ConfigError: it has another certificate, or one of both speaks plain text and the other TLS; or the address is
+            none. Nothing where nobody answers: a server may come later.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is no address of a server: SERVER:PORT, e.g. fl.example.org:8000")
+    context = certificates.context if certificates else ssl.create_default_context()
+    if certificates is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     try:
-        process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        with socket.create_connection((host, int(port)), timeout=LOOK_SECONDS) as plain:
+            context.wrap_socket(plain, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(
+            f"the certificate of the server at {address} is refused: {error.verify_message}. ca.crt (--certificates) "
+            f"must be of who signed it, and it must name {host} (scripts/make_keys --host)."
+        ) from error
+    except ssl.SSLError as error:
+        if certificates is not None and error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+            raise ConfigError(f"the server at {address} speaks plain text, this node TLS (--certificates)") from error
+    except OSError:
+        pass
+    else:
+        if certificates is None:
+            raise ConfigError(f"the server at {address} speaks TLS: --certificates DIR in place of --insecure")
 
 
 class SuperLink:
@@ -140,9 +189,7 @@ class SuperLink:
 
     def wait_until_ready(self) -> None:
         """Return once it answers; `FedSSLError` with its last lines where it does not."""
-        import ssl
-
-        context = ssl.create_default_context(cafile=str(self.certificates.ca)) if self.certificates else None
+        context = self.certificates.context if self.certificates else None
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), *([urllib.request.HTTPSHandler(context=context)] if context else [])
         )
