@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -237,15 +237,37 @@ def _client(options: argparse.Namespace) -> int:
 
 
 def _keep_running(options: argparse.Namespace, certificates: Certificates | None, home: Path, partition_id: int) -> int:
-    """A SuperNode, and after it ended another."""
-    seen = environment(home / "flower", own_commands(home / "bin"))
+    """A warm process for its messages, a SuperNode, and after that ended another."""
+    with tempfile.TemporaryDirectory(prefix="fedssl-") as private:  # a socket's path must be short
+        socket = Path(private) / "warm"
+        seen = environment(home / "flower", own_commands(home / "bin", socket))
+        warm = subprocess.Popen(
+            [sys.executable, "-m", "fedssl.deploy.warm", str(socket)],
+            env=seen,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            return _restart(
+                options, certificates, seen, {NODE_FILE: str(home / "node.json"), "partition-id": partition_id}
+            )
+        finally:
+            end(warm)
+
+
+def _restart(
+    options: argparse.Namespace,
+    certificates: Certificates | None,
+    seen: Mapping[str, str],
+    node_config: Mapping[str, str | int],
+) -> int:
     restarts, pause = 0, RESTART_SECONDS
     while True:
         command = supernode_command(
             options.superlink,
             certificates=certificates,
             key=options.key,
-            node_config={NODE_FILE: str(home / "node.json"), "partition-id": partition_id},
+            node_config=node_config,
         )
         started = time.monotonic()
         process = subprocess.Popen(command, env=seen, stdin=subprocess.DEVNULL, start_new_session=True)

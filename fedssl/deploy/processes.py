@@ -245,12 +245,17 @@ class SuperLink:
         self._log.close()
 
 
-def own_commands(folder: Path) -> Path:
-    """A folder for the front of a SuperNode's PATH: its tasks run the installed fedssl, and nothing that is sent."""
+def own_commands(folder: Path, warm: Path) -> Path:
+    """A folder for the front of a SuperNode's PATH: its tasks run the installed fedssl, and nothing that is sent.
+
+    Args:
+        folder: is made.
+        warm: the socket of `fedssl.deploy.warm`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in flower_compat.task_commands():
         if name == flower_compat.CLIENTAPP_COMMAND:
-            text = f'#!/bin/sh\nexec "{sys.executable}" -m fedssl.deploy.clientapp "$@"\n'
+            text = f'#!/bin/sh\nexec "{sys.executable}" -m fedssl.deploy.front "{warm}" "$@"\n'
         else:
             text = f'#!/bin/sh\necho "this node runs clients of fedssl, no {name}" >&2\nexit 1\n'
         (folder / name).write_text(text)

@@ -144,7 +144,7 @@ def test_a_node_that_loses_power_is_one_failure_and_comes_back_with_its_state(
     for partition in range(3):
         deployment.start_node(partition, ALLOWED)
     deployment.start_server(*run)
-    until((tmp_path / "working-2-1").exists, seconds=120, what="work in round 2")
+    until((tmp_path / "working-2-1").exists, seconds=300, what="work in round 2")
     deployment.kill_node(1)
     deployment.start_node(1, ALLOWED)
     assert deployment.finish(300) == 0, deployment.said("server")
@@ -162,7 +162,7 @@ def test_a_server_that_loses_power_goes_on_by_resume(deployment: Deployment, tmp
     metrics = deployment.run_dir / "metrics.jsonl"
     until(
         lambda: metrics.exists() and any(row["round"] == 1 for row in rows(deployment.run_dir, "server")),
-        seconds=120,
+        seconds=300,
         what="the end of round 1",
     )
     deployment.kill_server()
