@@ -11,6 +11,8 @@ from fedssl.config import check_values, compose, overridden
 from fedssl.errors import ConfigError
 from fedssl.settings import RESUMABLE, covers
 
+DEPLOYMENT = "deployment.json"  # in the run directory of a run over real nodes: who they were
+
 # What is printed of summary.json.
 SUMMARY = {
     "strategy", "data", "status", "rounds", "wall_seconds", "uplink_bytes", "downlink_bytes", "families",

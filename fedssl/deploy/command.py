@@ -34,7 +34,7 @@ from fedssl.deploy.processes import (
 )  # fmt: skip
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.outcome import BAD_INPUT, INTERRUPTED, OK, finish, outcome_of, print_summary
-from fedssl.resuming import resumed
+from fedssl.resuming import DEPLOYMENT, resumed
 from fedssl.tracking import write_json
 
 POLL_SECONDS = 0.2
@@ -172,7 +172,7 @@ def _told(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] |
     if going_on:
         run_dir = Path(going_on[-1].removeprefix("resume=")).absolute()
         config, complete = resumed(run_dir, [o for o in options.overrides if not o.startswith("resume=")])
-        named = run_dir / "deployment.json"
+        named = run_dir / DEPLOYMENT
         if not named.is_file():
             raise ConfigError(
                 f"the run in {run_dir} was no deployment (no {named.name}): fedssl resume={run_dir} goes on"

@@ -80,6 +80,8 @@ class FinishedRun:
         setup, last = self.as_it_ran, self.rounds
         if setup.client_half is None:
             return f"strategy={setup.config['strategy']['name']} asks no client to train"
+        if setup.members is not None:
+            return "none can be trained again here: the run is a deployment, and its clients are on their nodes"
         if last not in ReplayedRound.replayable(setup, self.run_dir):
             return (
                 f"none can be trained again: {self.run_dir / 'checkpoints'} has no state after round {last - 1}, where "
@@ -245,7 +247,7 @@ class RunEvaluation:
         run, last = self.run, self.run.rounds
         if not any(row["model"] == GLOBAL for row in self.rows):
             return "the run has no global model; cka_clients compares its clients with each other"
-        if run.lost_memory:
+        if run.lost_memory and run.as_it_ran.members is None:
             return (
                 f"the clients' memory was in {run.store.root}, which does not exist; client.store=DIR says where it is"
             )

@@ -181,7 +181,7 @@ class Rounds:
         progress: what a person sees.
         checkpoints: where states go.
         store: the clients' memory, pruned here.
-        replay_hint: how a failed task is run again, with {round} and {partition}.
+        replay_hint: how a failed task is run again, with {round} and {partition}; None where it is not.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Rounds:
         progress: Progress,
         checkpoints: Checkpoints,
         store: ClientStore,
-        replay_hint: str,
+        replay_hint: str | None,
     ) -> None:
         self.setup = setup
         self.strategy = strategy
@@ -316,13 +316,12 @@ class Rounds:
                 head = f"{failure.kind.replace('_', ' ')} under partition {failure.partition} in round {round_num}"
             else:
                 head = f"client {failure.kind} in round {round_num}, partition {failure.partition}"
-            log.warning(
-                "%s: %s%s\nReplay it in this process: %s",
-                head,
-                failure.reason,
-                "; the task ran again" if failure.kind == "worker_died" else "",
-                self.replay_hint.format(round=round_num, partition=failure.partition),
-            )
+            again = "; the task ran again" if failure.kind == "worker_died" else ""
+            hint = ""
+            if self.replay_hint is not None:
+                command = self.replay_hint.format(round=round_num, partition=failure.partition)
+                hint = f"\nReplay it in this process: {command}"
+            log.warning("%s: %s%s%s", head, failure.reason, again, hint)
 
     def _write_round_row(self, round_num: int, gathered: Gathered, unevaluated: Iterable[Failure]) -> None:
         """The numbers are those of the training replies alone; `failures` has the evaluation's at its end."""

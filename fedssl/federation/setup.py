@@ -1,6 +1,7 @@
 """Everything a run is made of, built from its resolved configuration: on the server, in a worker, in a replay."""
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ from fedssl.federation.roster import Introduction, Member
 from fedssl.federation.server import Server
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim, num_parameters
+from fedssl.resuming import DEPLOYMENT
 from fedssl.seeding import seeded_init
+from fedssl.tracking import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class Setup:
     Args:
         config: the resolved configuration, as `config.yaml` holds it.
         run_dir: where `partition.npz` lies once the run has started; None computes the partition again.
-        members: the nodes of a deployment, by partition; None in a simulation.
+        members: the nodes of a deployment, by partition; None in a simulation, and where `run_dir` tells.
 
     Raises:
         ConfigError: a part cannot be built; the message says what would work.
@@ -111,7 +114,7 @@ class Setup:
     ) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.members = members
+        self.members = read_members(run_dir) if members is None and run_dir is not None else members
 
     # --- settings ---
     @property
@@ -535,6 +538,19 @@ class Setup:
                 f"{f' (root {roots[0]})' if roots[0] else ''}: the public images would be the clients' own. Use "
                 f"public=held_out, which takes them out of the clients' hands, or another public.data or public.root."
             )
+
+
+def write_members(run_dir: Path, run_id: str, members: Mapping[int, Member]) -> None:
+    """Write `deployment.json`: under which name the nodes keep their memory, and what they said of themselves."""
+    write_json(run_dir / DEPLOYMENT, {"run_id": run_id, "nodes": [vars(members[p]) for p in sorted(members)]})
+
+
+def read_members(run_dir: Path) -> dict[int, Member] | None:
+    """Who took part in the deployment in `run_dir`; None where it is a simulation, or did not start."""
+    path = run_dir / DEPLOYMENT
+    if not path.is_file():
+        return None
+    return {node["partition_id"]: Member(**node) for node in json.loads(path.read_text())["nodes"]}
 
 
 def _release(text: str) -> list[str]:

@@ -36,10 +36,11 @@ from fedssl.federation.grids.in_process import InProcess, torch_threads
 from fedssl.federation.records import Upload, family_state, load_state
 from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Rounds, State
-from fedssl.federation.setup import Setup
+from fedssl.federation.setup import Setup, write_members
 from fedssl.federation.store import ClientStore
 from fedssl.lock import NAME as LOCK
 from fedssl.lock import check_free, held
+from fedssl.resuming import DEPLOYMENT
 from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
 
 MAX_MAPPED = 1000  # public images on the map
@@ -77,8 +78,8 @@ def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> d
         write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         setup.data.save(run_dir / "partition.npz")
         write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
-        if deployed is not None:
-            write_json(run_dir / "deployment.json", {"run_id": deployed.run_id})
+        if deployed is not None and setup.members is not None:
+            write_members(run_dir, deployed.run_id, setup.members)
         return _simulate(setup, strategy, run_dir, deployed)
 
 
@@ -93,6 +94,11 @@ def resume(config: Mapping[str, Any], run_dir: Path, *, deployed: DeployedGrid |
     Returns, Raises: as `run`. A data set that is not the one the run began with is a `ConfigError`.
     """
     config = fill_in(config)
+    if deployed is None and (run_dir / DEPLOYMENT).is_file():
+        raise ConfigError(
+            f"{run_dir} is a deployment, whose clients' memory is on their nodes: fedssl-deploy server "
+            f"resume={run_dir} goes on with it"
+        )
     _make_writable(run_dir, "resume")
     with held(run_dir, f"resume={run_dir}", "end it there, or wait until it has ended, and resume again"):
         if moved := config["client"].get("store"):
@@ -150,6 +156,11 @@ class ReplayedRound:
 
     def __init__(self, setup: Setup, run_dir: Path, round_num: int) -> None:
         config = setup.config
+        if setup.members is not None:
+            raise ConfigError(
+                f"{run_dir} is a deployment: what its clients have and remember is on their nodes, and so is the log "
+                f"of what went wrong there."
+            )
         if setup.client_half is None:
             raise ConfigError(
                 f"strategy={config['strategy']['name']} asks no client to do anything, so there is no client's task to "
@@ -180,7 +191,9 @@ class ReplayedRound:
 
     @staticmethod
     def replayable(setup: Setup, run_dir: Path) -> list[int]:
-        """The rounds of which the base is kept, ascending."""
+        """The rounds of which the base is kept, ascending; none of a deployment, whose clients are elsewhere."""
+        if setup.members is not None:
+            return []
         return [r + 1 for r in _checkpoints(setup, run_dir).rounds() if r < setup.federation.num_rounds]
 
     @property
@@ -219,6 +232,12 @@ def _setup(config: dict[str, Any], run_dir: Path | None, deployed: DeployedGrid 
     setup = Setup(config, run_dir)
     if deployed is not None:
         members = deployed.join(setup)
+        for partition, before in (setup.members or {}).items():
+            if members[partition].family != before.family:
+                raise ConfigError(
+                    f"the node of partition {partition} is now of family {members[partition].family!r}, and the run in "
+                    f"{run_dir} began with {before.family!r} (family= of the node)"
+                )
         config["federation"]["families"] = [members[p].family for p in sorted(members)]
         setup = Setup(config, run_dir, members)
     setup.check()
@@ -354,7 +373,9 @@ def _work(
             progress=progress,
             checkpoints=checkpoints,
             store=ClientStore(store_root(config, run_dir)),
-            replay_hint=f"fedssl replay.run={run_dir} replay.round={{round}} replay.partition={{partition}}",
+            replay_hint=None
+            if deployed
+            else f"fedssl replay.run={run_dir} replay.round={{round}} replay.partition={{partition}}",
         )
         strategy.summary()
         deadline = None if max_seconds is None else started + float(max_seconds)

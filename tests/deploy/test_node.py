@@ -21,10 +21,10 @@ from fedssl.deploy.client_app import app, within
 from fedssl.deploy.node import NodeSetup, node_of
 from fedssl.deploy.processes import NODE_FILE, RUN_CONFIG
 from fedssl.errors import ConfigError, PayloadError
-from fedssl.federation import flower_compat
+from fedssl.federation import flower_compat, simulation
 from fedssl.federation.records import Upload
-from fedssl.federation.roster import Introduction
-from fedssl.federation.setup import Setup
+from fedssl.federation.roster import Introduction, Member
+from fedssl.federation.setup import Setup, write_members
 from fedssl.seeding import unforeseeable
 
 RUN_ID = "0123456789abcdef" * 2
@@ -283,3 +283,33 @@ def test_what_a_client_raises_goes_on_to_flower() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         within(5, fails, Message(NOTHING, 5, "train"), Context(1, 5, {}, RecordDict(), {}))
+
+
+# --- a run directory of a deployment ------------------------------------------------------------------------------
+def test_what_is_on_the_nodes_cannot_be_had_on_the_server(run: dict[str, Any], tmp_path: Path) -> None:
+    """A resume, a replay and an evaluation know who took part, and that they are elsewhere."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    members = {
+        p: Member(node_id=1000 + p, partition_id=p, family="conv4_16", num_images=20 + p, trains=True) for p in (0, 1)
+    }
+    write_members(run_dir, RUN_ID, members)
+    setup = Setup(run, run_dir)
+    setup.check()
+    assert setup.members == members
+    assert [setup.num_images(p) for p in (0, 1)] == [20, 21]
+    with pytest.raises(ConfigError, match="fedssl-deploy server resume="):
+        simulation.resume(run, run_dir)
+    with pytest.raises(ConfigError, match="on their nodes"):
+        simulation.replay(run, run_dir, round_num=1, partition_id=0)
+
+
+def test_a_strategy_that_needs_all_images_in_one_place_is_refused(run: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    write_members(
+        tmp_path / "run",
+        RUN_ID,
+        {0: Member(node_id=1000, partition_id=0, family="conv4_16", num_images=9, trains=True)},
+    )
+    with pytest.raises(ConfigError, match="they are on the clients' machines"):
+        Setup(run, tmp_path / "run").private_union()
