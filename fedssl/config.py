@@ -36,7 +36,8 @@ EVALUATION_NAME = "evaluation"
 AS_BEFORE_NAME = "as_before"
 NODE_NAME = "node"
 NODE_KEYS = (
-    "partition_id", "data", "rehearsal_root", "public", "method", "family", "device", "store", "allow_targets"
+    "partition_id", "data", "rehearsal_root", "public", "evaluate", "method", "family", "device", "store",
+    "allow_targets",
 )  # fmt: skip
 FOR_STRATEGIES = ("codec", "distill", "downlink", "embedding", "ensemble")  # read by strategies that refer to them
 OF_THE_ROUNDS = ("_target_", "every", "source")  # keys of a run's `evaluate` that mean nothing once it is over
@@ -313,11 +314,13 @@ def compose_node(overrides: Sequence[str], *, config_dir: Path | None = None) ->
             )
             node = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
             assert isinstance(node, dict)
-            if node["public"]["data"] is not None:
-                image_size = 32  # the run's own is put in its place
-                node["public"]["data"] = _named_source("public", node["public"]["data"], None, image_size, search_path)
+            image_size = 32  # the run's own is put in its place
+            for copy_of in ("public", "evaluate"):
+                data, root = node[copy_of]["data"], node[copy_of]["root"]
+                if data is not None:
+                    node[copy_of]["data"] = _named_source(copy_of, data, root, image_size, search_path)
             whole: dict[str, Any] = {"data": None, "method": None, **{str(key): value for key, value in node.items()}}
-            _check_node({"_target_": "fedssl.deploy.node.Node", **whole}, "", {})
+            _check_node(whole, "", _annotations({"_target_": "fedssl.deploy.node.Node"}, "node"))
             return whole
     except COMPOSITION_ERRORS as error:
         raise ConfigError(message_of(error)) from error

@@ -2,7 +2,8 @@
 
 Hydra's `_target_` names anything that can be imported, so whoever writes a configuration can call anything. A node of
 a deployment (`fedssl.deploy`) therefore allows only names that its owner lists, and of a whole package only things that
-do nothing when they are built: frozen dataclasses, `torch.nn.Module`s and functions that say they return one.
+do nothing when they are built: frozen dataclasses, `torch.nn.Module`s, and functions of a package `models` that say
+they return one. What is built can still read files when it is used: which folders, a node's owner says, too.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ def _check(where: str, name: Any, entries: Sequence[str]) -> None:
         return
     hint = f"Allowed are {', '.join(entries) or 'none'} (allow_targets= of this node)."
     prefix = next((entry for entry in entries if entry.endswith(".") and str(name).startswith(entry)), None)
-    if not isinstance(name, str) or prefix is None:
+    if not isinstance(name, str) or prefix is None or any(part.startswith("_") for part in name.split(".")):
         raise ConfigError(f"{where}={name} is not allowed here. {hint}")
     target = _resolve(name)
     if target is None:
@@ -79,8 +80,8 @@ def _check(where: str, name: Any, entries: Sequence[str]) -> None:
     defined = f"{getattr(target, '__module__', '')}."  # a module's imports can be reached through it
     if not defined.startswith(prefix) or not _does_nothing(target):
         raise ConfigError(
-            f"{where}={name} is not allowed here: of {prefix}* only dataclasses, torch modules and functions that "
-            f"return one are, by the names that they are defined under. {hint}"
+            f"{where}={name} is not allowed here: of {prefix}* only dataclasses, torch modules and functions of "
+            f"`models` that return one are, by the names that they are defined under. {hint}"
         )
 
 
@@ -106,7 +107,10 @@ def _does_nothing(target: Any) -> bool:
         parameters = getattr(target, "__dataclass_params__", None)
         frozen = dataclasses.is_dataclass(target) and parameters is not None and parameters.frozen
         return frozen or issubclass(target, nn.Module)
-    if not isinstance(target, FunctionType):
+    if not isinstance(target, FunctionType) or "models" not in target.__module__.split("."):
         return False
-    returned = typing.get_type_hints(target).get("return")
+    try:
+        returned = typing.get_type_hints(target).get("return")
+    except (NameError, TypeError):
+        return False
     return isinstance(returned, type) and issubclass(returned, nn.Module)

@@ -6,6 +6,7 @@ its owner named. A SuperNode starts a process for every message, so nothing here
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -43,14 +44,19 @@ app = DeployedApp()
 
 
 def _answer(message: Message, context: Context) -> Message:
+    if message.metadata.message_type == "query.refused":
+        reason = str(message.content.config_records["config"]["reason"])
+        print(f"the server refuses this node: {reason}", file=sys.stderr)
+        return Message(RecordDict(), reply_to=message)
     told = str(context.run_config.get(RUN_CONFIG, ""))
     own = context.node_config.get(NODE_FILE)
     try:
         node = _owners_word(Path(str(own))) if own else _rehearsal(context.node_config, told)
         context.node_config["partition-id"] = node["partition_id"]
         client = _client_app(told, json.dumps(node, sort_keys=True))
-    except FedSSLError as error:
-        return Message(Error(flower_compat.CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    except Exception as error:  # whatever a server's configuration holds
+        what = str(error) if isinstance(error, FedSSLError) else f"its configuration cannot be used: {error!r}"
+        return Message(Error(flower_compat.CLIENT_RAISED, f"{type(error).__name__}: {what}"), reply_to=message)
     reply: Message = client(message, context)
     return reply
 
@@ -102,6 +108,7 @@ def _rehearsal(node_config: Mapping[str, Any], told: str) -> dict[str, Any]:
         "data": None,
         "rehearsal_root": None,
         "public": {"data": None, "root": None},
+        "evaluate": {"data": None, "root": None},
         "method": None,
         "family": None,
         "device": "auto",
@@ -131,7 +138,7 @@ def _client_app(told_text: str, node_text: str) -> Any:
     check_targets(here, node.allow_targets)
     allow_only(node.allow_targets)
     setup = NodeSetup(config, node)
-    setup.check()
+    setup.check_here()
     store = node.store_of(str(told["run_id"]))
     inner = make_client_app(setup, setup.client_half, store)
 

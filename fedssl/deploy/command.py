@@ -25,6 +25,7 @@ from fedssl.deploy.processes import (
     check_protection,
     copy_bundle,
     end,
+    end_with_parent,
     ending_on_signals,
     environment,
     last_chunk,
@@ -33,15 +34,15 @@ from fedssl.deploy.processes import (
     supernode_command,
 )  # fmt: skip
 from fedssl.errors import ConfigError, FedSSLError
-from fedssl.outcome import BAD_INPUT, INTERRUPTED, OK, finish, outcome_of, print_summary
+from fedssl.outcome import BAD_INPUT, INTERRUPTED, OK, STOPPED, finish, outcome_of, print_summary
 from fedssl.resuming import DEPLOYMENT, resumed
 from fedssl.tracking import write_json
 
 POLL_SECONDS = 0.2
 ASK_SECONDS = 20.0  # between two questions to Flower how the run is, in case that it can no longer say so itself
 RESTART_SECONDS = 10.0  # a node that ended is started again after this; its SuperLink first has to notice that it went
-MAX_RESTART_SECONDS = 120.0
-LONG_SECONDS = 300.0  # a node that ran so long is not one that cannot start
+MAX_RESTART_SECONDS = 60.0
+SHORT_SECONDS = 15.0  # a node that did not live longer is one that cannot start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine alone)"
     )
-    server.add_argument("--port", type=int, default=8000, help="of everything Flower serves (default %(default)s)")
+    server.add_argument("--port", type=_port, default=8000, help="of everything Flower serves (default %(default)s)")
     server.add_argument("--keys", type=Path, metavar="DIR", help="admit only nodes with a key of DIR/*.pub (needs TLS)")
 
     client = commands.add_parser("client", help="keep a node running: a SuperNode with this machine's data")
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     client.add_argument("superlink", metavar="SERVER:PORT", help="where the server is")
     client.add_argument("--key", type=Path, metavar="FILE", help="this node's private key (needs TLS)")
     client.add_argument(
-        "--restarts", type=int, default=None, metavar="N", help="give up after N restarts (default: never)"
+        "--restarts", type=_count, default=None, metavar="N", help="give up after N restarts (default: never)"
     )
 
     for command in (server, client):
@@ -105,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config-dir", type=Path, metavar="DIR", help="YAML files of your own, as for fedssl")
         command.allow_abbrev = False
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 # --- server ------------------------------------------------------------------------------------------------------
@@ -127,9 +140,17 @@ def _server(options: argparse.Namespace) -> int:
             for key in keys:
                 link.register(key)
             print(f"SuperLink at {options.host}:{options.port}, run in {run_dir}", flush=True)
-            flower_run = link.submit(copy_bundle(home / "app"), run_config(home / "run.toml", told))
-            code, message = _follow(link, home, flower_run)
-    if code not in (OK, 4):
+            try:
+                flower_run = link.submit(copy_bundle(home / "app"), run_config(home / "run.toml", told))
+                code, message = _follow(link, home, flower_run)
+            except KeyboardInterrupt:
+                print(
+                    f"interrupted; the last checkpoint is kept, fedssl-deploy server resume={run_dir} goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return INTERRUPTED
+    if code not in (OK, STOPPED):
         raise _RunEndedError(code, message)
     summary = json.loads((run_dir / "summary.json").read_text())
     return finish(summary, run_dir, [])
@@ -158,8 +179,11 @@ def _follow(link: SuperLink, home: Path, flower_run: int) -> tuple[int, str]:
         if link.process.poll() is not None:
             return 1, f"the SuperLink ended by itself; its last lines:\n{link.last_lines()}"
         if time.monotonic() - asked > ASK_SECONDS:
-            status, details = link.status(flower_run)
             asked = time.monotonic()
+            try:
+                status, details = link.status(flower_run)
+            except (FedSSLError, ValueError, KeyError, IndexError):  # busy: it is asked again
+                continue
             if status.startswith("finished") and not outcome.is_file():
                 return 1, f"the run ended without a word: {status}: {details}\n{link.last_lines()}"
         time.sleep(POLL_SECONDS)
@@ -217,6 +241,7 @@ def _public_keys(folder: Path | None) -> list[Path]:
 def _client(options: argparse.Namespace) -> int:
     certificates = _certificates(options)
     node = compose_node(options.overrides, config_dir=options.config_dir)
+    _check_node(node)
     if options.key is not None and not options.key.is_file():
         raise ConfigError(f"--key {options.key}: there is no such file; scripts/make_keys makes some")
     store = Path(node["store"]).expanduser().absolute()
@@ -236,6 +261,13 @@ def _client(options: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
+def _check_node(node: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for what this node cannot bring, before it tries."""
+    from fedssl.deploy.node import node_of  # torch: not for the server
+
+    node_of(node).check_files()
+
+
 def _keep_running(options: argparse.Namespace, certificates: Certificates | None, home: Path, partition_id: int) -> int:
     """A warm process for its messages, a SuperNode, and after that ended another."""
     with tempfile.TemporaryDirectory(prefix="fedssl-") as private:  # a socket's path must be short
@@ -246,6 +278,7 @@ def _keep_running(options: argparse.Namespace, certificates: Certificates | None
             env=seen,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         try:
             return _restart(
@@ -270,7 +303,9 @@ def _restart(
             node_config=node_config,
         )
         started = time.monotonic()
-        process = subprocess.Popen(command, env=seen, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=seen, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent
+        )
         try:
             process.wait()
         finally:
@@ -278,7 +313,8 @@ def _restart(
         if options.restarts is not None and restarts >= options.restarts:
             hint = ". The server admits keys whose .pub is in its --keys" if options.key else ""
             raise FedSSLError(f"the node ended (its last lines are above) and was restarted {restarts} times{hint}")
-        pause = RESTART_SECONDS if time.monotonic() - started > LONG_SECONDS else min(pause * 1.5, MAX_RESTART_SECONDS)
+        lived = time.monotonic() - started  # it ends with every SuperLink, so after every run
+        pause = RESTART_SECONDS if lived > SHORT_SECONDS else min(pause * 1.5, MAX_RESTART_SECONDS)
         restarts += 1
         print(f"the node ended; it starts again in {pause:.0f} s", flush=True)
         time.sleep(pause)

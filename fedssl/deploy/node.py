@@ -11,6 +11,7 @@ import numpy as np
 
 from fedssl.config import instantiate
 from fedssl.data.federated import FederatedData
+from fedssl.data.images import ImageSet
 from fedssl.data.partition import Nodes
 from fedssl.data.public import ClientShard, Dataset
 from fedssl.errors import ConfigError
@@ -31,7 +32,10 @@ class Node:
         partition_id: its number in the federation.
         data: node of its private source; None: a partition of the run's own data (a rehearsal).
         rehearsal_root: in a rehearsal, where the run's data lies here; None: where the server says.
-        public: `data` and `root` of its copy of the public images; None where they are as the server says.
+        public: `data` (node) and `root` of its copy of the public images; both None in a rehearsal where they are as
+            the server says.
+        evaluate: the same of its copy of the server's labelled images, for strategies that probe the clients' own
+            models; None where it has none.
         method: node of the self-supervised method; None: the run's.
         family: its architecture; None: as the run's `federation.families` say.
         device: "auto", "cpu" or "cuda".
@@ -43,6 +47,7 @@ class Node:
     data: Mapping[str, Any] | None
     rehearsal_root: str | None
     public: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
     method: Mapping[str, Any] | None
     family: str | None
     device: str
@@ -52,8 +57,21 @@ class Node:
     def __post_init__(self) -> None:
         if self.partition_id < 0:
             raise ConfigError(f"partition_id counts from 0, got {self.partition_id}.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto (a GPU, else the CPU), cpu or cuda, got {self.device!r}.")
         if self.data is not None and self.rehearsal_root is not None:
             raise ConfigError("rehearsal_root= is for a node without data=; where its own images are says data.root=")
+        if self.data is not None and self.public["data"] is None:
+            raise ConfigError(
+                "a node with images of its own (data=) says itself what the public images are: public.data= and "
+                "public.root=. Else a server could name its private images."
+            )
+
+    def check_files(self) -> None:
+        """Load what it brings; a source that cannot be read is a `ConfigError` that says why."""
+        for source in (self.data, self.public["data"], self.evaluate["data"]):
+            if source is not None:
+                instantiate(source).load("train")
 
     def store_of(self, run_id: str) -> ClientStore:
         """Its memory of one run.
@@ -90,6 +108,7 @@ class NodeSetup(Setup):
             if (root := node.public.get("root")) is not None:
                 chosen["root"] = root
             own["public"] = {**config["public"], "source": chosen}
+        own |= {group: _without_download(own[group]) for group in ("data", "public", "evaluate")}
         super().__init__(own)
 
     @property
@@ -130,14 +149,28 @@ class NodeSetup(Setup):
             public_partition=None,
         )
 
+    @cached_property
+    def probe_data(self) -> tuple[ImageSet, ImageSet]:
+        """Labelled train and test images: the run's own in a rehearsal, else the copy that this node names."""
+        if self.rehearses:
+            return super().probe_data
+        if (node := self.node.evaluate["data"]) is None:
+            raise ConfigError(
+                f"strategy={self.config['strategy'].get('name')} probes the clients' own models with the server's "
+                f"labelled images, and this node has no copy of them: evaluate.data= and evaluate.root= of the node"
+            )
+        size = int(self.config["data"]["image_size"])
+        source = instantiate(_without_download({**node, "image_size": size}))
+        return source.load("train"), source.load("test")
+
     def client(self, partition_id: int, round_num: int) -> Client:
         """See `Setup.client`; a node with images of its own hides them behind secrets that no seed tells."""
         client = super().client(partition_id, round_num)
         client.secret = None if self.rehearses else unforeseeable
         return client
 
-    def check(self) -> None:
-        """Build what a round needs, before there is one.
+    def check_here(self) -> None:
+        """Build what a round of this node needs, before there is one; `check` is the server's.
 
         Raises:
             ConfigError: with what was given, what would work and where to change it.
@@ -166,6 +199,14 @@ class NodeSetup(Setup):
         trains = not (isinstance(instantiate(self.config["public"]), ClientShard) and partition_id == 0)
         if trains and (owned := len(self.data.partitions[partition_id])) < 2:
             raise ConfigError(f"this node has {owned} images, and a client that trains needs at least 2 (data=)")
+
+
+def _without_download(node: Any) -> Any:
+    """A source, or a node that holds one, that fetches nothing: what a server says does not make a node call others."""
+    if not isinstance(node, Mapping):
+        return node
+    own = {key: _without_download(value) for key, value in node.items()}
+    return {**own, "download": False} if "download" in own else own
 
 
 def node_of(config: Mapping[str, Any]) -> Node:

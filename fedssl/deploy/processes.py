@@ -1,6 +1,7 @@
 """Flower's processes under fedssl's: a SuperLink and what is asked of it, a SuperNode and what it may start."""
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ END_SECONDS = 10.0  # for a process to end when asked, before it is killed
 LOOK_SECONDS = 5.0  # for a server to say how it speaks
 RUN_CONFIG = "cfg-json"  # key of Flower's run config: the run, in one JSON value
 NODE_FILE = "fedssl-node"  # key of a SuperNode's node config: the file that says what it brings
+PRCTL = ctypes.CDLL(None).prctl  # looked up before a fork
 CONNECTION = "fedssl"  # the SuperLink's name in Flower's config.toml
 
 
@@ -95,8 +97,24 @@ def environment(home: Path, bin_dir: Path | None = None) -> dict[str, str]:
     return {**defaults, **os.environ, **forced}
 
 
+def family_tree(pid: int) -> list[int]:
+    """`pid` and the processes that it and its children started, the oldest first; without those that have ended."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                parents[int(stat.parent.name)] = int(fields[1])
+    found = [pid] if pid in parents else []
+    new = [pid]
+    while new := [child for child, parent in parents.items() if parent in new]:
+        found += new
+    return found
+
+
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ask a process to end, then make it; likewise what is left of the session that it leads."""
+    """Ask a process and all that it started to end, then make them."""
+    theirs = [pid for pid in family_tree(process.pid) if pid != process.pid]
     if process.poll() is None:
         process.terminate()
         try:
@@ -104,13 +122,28 @@ def end(process: subprocess.Popen[Any]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    with contextlib.suppress(ProcessLookupError):  # nobody is left, or it led none
-        os.killpg(process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + END_SECONDS
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+    _signal_session(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + END_SECONDS  # Flower's processes end when those that started them have
+    while time.monotonic() < deadline and (_signal_session(process.pid, 0) or any(map(family_tree, theirs))):
+        time.sleep(0.05)
+    _signal_session(process.pid, signal.SIGKILL)
+    for pid in theirs:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _signal_session(leader: int, number: int) -> bool:
+    """Send a signal to what is left of the session that this process led; False where nobody is."""
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def end_with_parent() -> None:
+    """For `preexec_fn`: Linux ends this process when the one that starts it dies, however it does."""
+    PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def check_protection(address: str, certificates: Certificates | None) -> None:
@@ -181,6 +214,7 @@ class SuperLink:
              "--disable-runtime-dependency-installation"],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, env=self.environment,
             start_new_session=True,  # Ctrl-C reaches us, and we end it
+            preexec_fn=end_with_parent,
         )  # fmt: skip
         self.address = f"127.0.0.1:{port}" if host in ("0.0.0.0", "::") else f"{host}:{port}"
         lines = [f"[superlink.{CONNECTION}]", f'address = "{self.address}"']

@@ -10,9 +10,12 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from fedssl.deploy import clientapp
 from fedssl.federation.flower_compat import CLIENTAPP_COMMAND
 
 BEFOREHAND = ("fedssl.data.views.fused", "numba", "PIL.Image", "sklearn.datasets", "torch.optim")  # a round needs them
+GOODBYE_SECONDS = 5.0  # of a process whose command is gone
 LOOK_SECONDS = 1.0  # between two looks whether the node is still there
 
 
@@ -62,6 +66,7 @@ def _fork(connection: socket.socket, listener: socket.socket) -> None:
             listener.close()
             for output, standard in zip(outputs, (1, 2), strict=True):
                 os.dup2(output, standard)
+            threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
             sys.argv = [CLIENTAPP_COMMAND, *json.loads(said)]
             clientapp.main()
             code = 0
@@ -69,6 +74,8 @@ def _fork(connection: socket.socket, listener: socket.socket) -> None:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except KeyboardInterrupt:
             code = 130
+        except BaseException:
+            traceback.print_exc()
         finally:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
@@ -77,6 +84,15 @@ def _fork(connection: socket.socket, listener: socket.socket) -> None:
             os._exit(code)  # with whatever hangs
     for output in outputs:
         os.close(output)
+
+
+def _end_with(connection: socket.socket) -> None:
+    """End this process when the command that waits for it has ended: nobody would take its answer."""
+    with contextlib.suppress(OSError):
+        connection.recv(1)  # nothing comes
+    os.kill(os.getpid(), signal.SIGTERM)  # Flower's handler says goodbye
+    time.sleep(GOODBYE_SECONDS)
+    os._exit(1)
 
 
 if __name__ == "__main__":

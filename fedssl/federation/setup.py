@@ -445,8 +445,11 @@ class Setup:
                 f"public.root= of the node)"
             )
 
-    def check(self) -> None:
+    def check(self, *, nodes_to_come: bool = False) -> None:
         """Build every part once, before any work: whatever cannot work is said here.
+
+        Args:
+            nodes_to_come: in a deployment, before anybody is there; what only nodes can tell is not looked at.
 
         Raises:
             ConfigError: with what was given, what would work and where to change it.
@@ -466,7 +469,7 @@ class Setup:
         federation = self.federation
         _ = self.local, self.evaluation, self.views, self.method, self.device, instantiate(self.config["grid"])
         self._check_public_source()
-        self._check_nodes()
+        self._check_nodes(nodes_to_come)
         image_size = int(self.config["data"]["image_size"])
         for family in self.families:
             self.build_model(family)
@@ -488,7 +491,8 @@ class Setup:
                 f"federation.devices.stragglers={share:g} of {trainers} clients is less than half a client, so there "
                 f"would be none: raise it, raise federation.num_clients, or set it to 0."
             )
-        for partition_id in self.data.training_partitions:
+        own_images = isinstance(instantiate(self.config["partition"]), Nodes)
+        for partition_id in () if own_images and nodes_to_come else self.data.training_partitions:
             if (owned := self.num_images(partition_id)) < 2:
                 raise ConfigError(
                     f"partition {partition_id} has {owned} images, and a client that trains needs at least 2. Use "
@@ -506,11 +510,11 @@ class Setup:
             raise ConfigError(f"data.image_size={image_size}, but the images are {self.train.image_size}")
         _ = self.report_family, self.public_set, self.evaluator
 
-    def _check_nodes(self) -> None:
+    def _check_nodes(self, nodes_to_come: bool) -> None:
         """`partition=nodes` needs nodes, and a public set that they can hold a copy of."""
         if not isinstance(instantiate(self.config["partition"]), Nodes):
             return
-        if self.members is None:
+        if self.members is None and not nodes_to_come:
             raise ConfigError(
                 "partition=nodes says that every client's images are on a machine of its own: run it with "
                 "fedssl-deploy. A simulation splits one data set, as partition=dirichlet, iid, ... do."

@@ -231,6 +231,8 @@ def _setup(config: dict[str, Any], run_dir: Path | None, deployed: DeployedGrid 
     """The run's parts, checked; those of a deployment know its nodes, for which they wait, and their architectures."""
     setup = Setup(config, run_dir)
     if deployed is not None:
+        setup.check(nodes_to_come=True)
+        build_strategy(setup)  # what cannot work is said before anybody waits
         members = deployed.join(setup)
         for partition, before in (setup.members or {}).items():
             if members[partition].family != before.family:
@@ -331,11 +333,11 @@ def _simulate(setup: Setup, strategy: Strategy, run_dir: Path, deployed: Deploye
     (run_dir / "summary.json").unlink(missing_ok=True)  # of the sitting before
     try:
         state, status = _work(setup, strategy, run_dir, checkpoints, state, deployed)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # the last is how Flower ends a ServerApp
         if rounds := checkpoints.rounds():
             arrays, _, progressed = checkpoints.load(rounds[-1])
             newest = State(arrays=arrays, progressed=progressed)
-            ended = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            ended = "failed" if isinstance(error, Exception) else "stopped"
             _finish(setup, strategy, run_dir, newest, ended)
         raise
     return _finish(setup, strategy, run_dir, state, status)

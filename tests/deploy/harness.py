@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from fedssl.deploy.processes import free_port
+import numpy as np
+from PIL import Image
+
+from fedssl.deploy.processes import family_tree, free_port
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -33,18 +36,14 @@ TINY = (
 COMMAND = [sys.executable, "-m", "fedssl.deploy.command"]
 
 
-def family_tree(pid: int) -> list[int]:
-    """`pid` and the processes that it and its children started, oldest first."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if fields[0] != "Z":
-                parents[int(stat.parent.name)] = int(fields[1])
-    found, new = [pid], [pid]
-    while new := [child for child, parent in parents.items() if parent in new]:
-        found += new
-    return found
+def folder_of(path: Path, num_images: int, seed: int, *classes: str) -> Path:
+    """Image files of noise, in the layout of `image_folder`; without classes unlabelled."""
+    pixels = np.random.default_rng(seed).integers(256, size=(num_images, 16, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        place = path / classes[number % len(classes)] if classes else path
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number:03}.png")
+    return path
 
 
 def kill(pids: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Real servers and nodes on loopback: the same result as in a simulation, and every fault named."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedssl.config import compose
-from fedssl.deploy.processes import environment, free_port
+from fedssl.deploy.processes import environment, family_tree, free_port
 from fedssl.federation import simulation
-from tests.deploy.harness import ROOT, TINY, Deployment, family_tree, kill, until
+from tests.deploy.harness import ROOT, TINY, Deployment, folder_of, kill, until
 from tests.federation_helpers import assert_same, final_arrays, rows
 
 pytestmark = [
@@ -206,3 +207,41 @@ def test_nodes_that_do_not_fit_are_named_and_the_run_does_not_start(deployment: 
     assert "family=perceptron: the run knows" in said
     assert "this node has images of its own, and the run's public set (HeldOut) would be taken out of them" in said
     assert not (deployment.run_dir / "checkpoints").exists()
+
+
+def test_nodes_with_images_of_their_own_serve_one_run_after_another(deployment: Deployment, tmp_path: Path) -> None:
+    """The first is stopped by its time (4), the second by Ctrl-C (130) and goes on; nothing of a server is left."""
+    folder_of(tmp_path / "public", 30, 1)
+    folder_of(tmp_path / "probes", 40, 2, "cat", "dog")
+    for partition, family in enumerate(("conv4_16", "resnet8")):
+        mine = folder_of(tmp_path / f"mine{partition}", 20 + 10 * partition, 3 + partition)
+        own = [
+            "data=image_folder",
+            f"data.root={mine}",
+            "public.data=image_folder",
+            f"public.root={tmp_path / 'public'}",
+        ]
+        deployment.start_node(partition, f"family={family}", *own, options=("--insecure", "--restarts", "9"))
+    run = [
+        *(o for o in TINY if o.split("=")[0] not in ("partition", "data.num_images", "federation.num_clients")),
+        "partition=nodes", "federation.num_clients=2", "public=dataset", "public.data=image_folder",
+        f"public.root={tmp_path / 'public'}", "data=image_folder", f"data.root={tmp_path / 'probes'}",
+        "data.image_size=16", "federation.num_rounds=3",
+    ]  # fmt: skip
+    deployment.start_server(*run, "max_seconds=0", f"run_dir={tmp_path / 'first'}")
+    assert deployment.finish() == 4, deployment.said("server")
+    deployment.start_server(*run, f"run_dir={deployment.run_dir}")
+    until(lambda: "round 1/3" in deployment.said("server"), seconds=240, what="the end of round 1")
+    assert deployment.server is not None
+    pids = family_tree(deployment.server.pid)
+    deployment.server.send_signal(signal.SIGINT)
+    assert deployment.finish(60) == 130
+    assert [pid for pid in pids if family_tree(pid)] == []
+    assert json.loads((deployment.run_dir / "summary.json").read_text())["status"] == "stopped"
+    deployment.start_server(f"resume={deployment.run_dir}")
+    assert deployment.finish() == 0, deployment.said("server")
+    summary = json.loads((deployment.run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"], set(summary["families"])) == ("completed", 3, {"conv4_16", "resnet8"})
+    counts = [node["num_images"] for node in json.loads((deployment.run_dir / "deployment.json").read_text())["nodes"]]
+    assert counts == [20, 30]
+    assert (deployment.run_dir / "report.html").is_file()

@@ -185,6 +185,38 @@ def test_with_keys_nobody_takes_anothers_place() -> None:
         assert [r.content.config_records["said"]["partition"] for r in ask(grid, 0, 1)] == [0, 1]
 
 
+def test_one_that_left_before_its_answer_was_read_is_nobody() -> None:
+    """Whoever comes in its place gets in, with keys too."""
+    flower = FlowerGrid({7: node(0), 8: lambda message: None})
+    grid = open_grid(flower, authenticated=True, wait=0.05)
+    with pytest.raises(TooFewRepliesError):
+        grid.join(Picky())
+    late = next(m for m in flower.pushed if m.metadata.dst_node_id == 8)
+    flower.replies[late.metadata.message_id] = node(1)(late)  # type: ignore[assignment]
+    del flower.nodes[8]
+    flower.nodes[9] = node(1)
+    assert set(grid.join(Picky())) == {0, 1}
+    assert not any(reply.has_error() for reply in ask(grid, 0, 1))
+
+
+def test_a_refused_node_is_told_and_forgotten_when_it_leaves() -> None:
+    told: list[str] = []
+
+    def unfit(message: Message) -> Message:
+        if message.metadata.message_type == "query.refused":
+            told.append(str(message.content.config_records["config"]["reason"]))
+        return node(1, family="vit_tiny")(message)
+
+    flower = FlowerGrid({7: node(0), 8: unfit})
+    grid = open_grid(flower, wait=0.05)
+    with pytest.raises(ConfigError, match="no vit_tiny here"):
+        grid.join(Picky())
+    assert told == ["no vit_tiny here"]
+    del flower.nodes[8]
+    with pytest.raises(TooFewRepliesError):
+        grid.join(Picky())
+
+
 def test_a_late_reply_is_forgotten() -> None:
     late: list[Message] = []
 

@@ -12,12 +12,12 @@ import torch
 import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from PIL import Image
 
 from fedssl import targets
 from fedssl.config import compose, compose_node
 from fedssl.deploy import client_app
 from fedssl.deploy.client_app import app, within
+from fedssl.deploy.command import main
 from fedssl.deploy.node import NodeSetup, node_of
 from fedssl.deploy.processes import NODE_FILE, RUN_CONFIG
 from fedssl.errors import ConfigError, PayloadError
@@ -26,6 +26,7 @@ from fedssl.federation.records import Upload
 from fedssl.federation.roster import Introduction, Member
 from fedssl.federation.setup import Setup, write_members
 from fedssl.seeding import unforeseeable
+from tests.deploy.harness import folder_of
 
 RUN_ID = "0123456789abcdef" * 2
 SMALL = (
@@ -47,16 +48,6 @@ def _of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     flower_compat.identify_process()
 
 
-def folder_of(path: Path, num_images: int, seed: int, *classes: str) -> Path:
-    """Image files of noise, in the layout of `image_folder`; without classes unlabelled."""
-    pixels = np.random.default_rng(seed).integers(256, size=(num_images, 16, 16, 3), dtype=np.uint8)
-    for number, image in enumerate(pixels):
-        place = path / classes[number % len(classes)] if classes else path
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{number:03}.png")
-    return path
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Any]:
     """The configuration of a run whose nodes have their own images."""
@@ -76,7 +67,10 @@ def node_file(tmp_path: Path, *overrides: str, num_images: int = 20) -> Path:
     mine = tmp_path / f"mine-{num_images}"
     if not mine.exists():
         folder_of(mine, num_images, 3)
-    own = ["partition_id=1", "data=image_folder", f"data.root={mine}", f"store={tmp_path / 'store'}", "device=cpu"]
+    own = [
+        "partition_id=1", "data=image_folder", f"data.root={mine}", "public.data=image_folder",
+        f"public.root={tmp_path / 'public'}", f"store={tmp_path / 'store'}", "device=cpu",
+    ]  # fmt: skip
     path = tmp_path / f"node-{num_images}.json"
     path.write_text(json.dumps(compose_node([*own, *overrides])))
     return path
@@ -189,6 +183,74 @@ def test_a_server_cannot_make_a_node_call_anything(run: dict[str, Any], tmp_path
         reply = ask(config, node_file(tmp_path), "query.join", NOTHING)
         assert "not allowed here" in reply.error.reason
     assert not loot.exists()
+
+
+def test_a_server_cannot_name_private_images_as_the_public_ones(run: dict[str, Any], tmp_path: Path) -> None:
+    """Where the public images are, and how they are read, is the owner's word; nothing is fetched."""
+    fitting = joined(ask(run, node_file(tmp_path), "query.join", NOTHING))
+    for change in ({"train_split": "../mine-20"}, {"root": str(tmp_path / "mine-20")}, {"download": True}):
+        sent = {**run, "public": {**run["public"], "source": {**run["public"]["source"], **change}}}
+        assert joined(ask(sent, node_file(tmp_path), "query.join", NOTHING)) == fitting
+    with pytest.raises(ConfigError, match=r"says itself what the public images are: public\.data= and"):
+        node_of({**compose_node(["partition_id=1", "data=digits"])})
+
+
+def test_nothing_is_downloaded_on_a_servers_word(tmp_path: Path) -> None:
+    config = compose([*SMALL, "data=cifar10", "data.download=true", f"data.root={tmp_path / 'x'}"])
+    setup = NodeSetup(config, node_of(compose_node(["partition_id=1"])))
+    assert setup.config["data"]["download"] is False
+    with pytest.raises(ConfigError):
+        _ = setup.train
+    assert not (tmp_path / "x").exists()
+
+
+def test_clients_are_probed_with_the_servers_images_or_not_at_all(run: dict[str, Any], tmp_path: Path) -> None:
+    """Not with a node's own: figures of clients would not be of the same test."""
+    own = node_of(yaml.safe_load(node_file(tmp_path).read_text()))
+    with pytest.raises(ConfigError, match="has no copy of them"):
+        _ = NodeSetup(run, own).probe_data
+    copy = [f"evaluate.root={tmp_path / 'probes'}", "evaluate.data=image_folder"]
+    with_copy = node_of(yaml.safe_load(node_file(tmp_path, *copy).read_text()))
+    ours, theirs = Setup(run).probe_data, NodeSetup(run, with_copy).probe_data
+    assert [s.digest for s in ours] == [s.digest for s in theirs]
+
+
+def test_a_configuration_of_nonsense_is_named(run: dict[str, Any], tmp_path: Path) -> None:
+    for group in ("federation", "data", "views", "public", "client"):
+        for nonsense in (None, {}, [], "x"):
+            reply = ask({**run, group: nonsense}, node_file(tmp_path), "query.join", NOTHING)
+            assert reply.has_error(), (group, nonsense)
+
+
+def test_a_refusal_reaches_the_owner(run: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = RecordDict({"config": ConfigRecord({"reason": "another public set"})})
+    assert not ask(run, node_file(tmp_path), "query.refused", told).has_error()
+    assert "the server refuses this node: another public set" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["partition_id=x"], 'partition_id must be a whole number, got "x"'),
+        (["partition_id=-1"], "partition_id counts from 0, got -1"),
+        (["partition_id=0", "device=tpu"], "device must be auto"),
+        (["partition_id=0", "allow_targets=fedssl."], "allow_targets must be a list"),
+        (["partition_id=0", "data=image_folder", "data.root=/nowhere", "public.data=digits"], "/nowhere"),
+        (["partition_id=0", "rehearsal_root=/x", "data=digits", "public.data=digits"], "without data="),
+        ([], "partition_id"),
+    ],
+)
+def test_a_node_is_checked_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], why: str
+) -> None:
+    assert main(["client", "127.0.0.1:1", "--insecure", f"store={tmp_path}", *overrides]) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--port", "99999"], ["--port", "x"]])
+def test_a_port_is_a_port(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["server", "--insecure", *option]) == 2
+    assert "a port is a number from 1 to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("run_id", ["../../etc", "", "x" * 32, 5])

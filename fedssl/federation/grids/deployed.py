@@ -26,6 +26,7 @@ POLL_SECONDS = 0.2  # between two looks for replies
 LOOK_SECONDS = 2.0  # between two looks for nodes that came or left
 SAY_SECONDS = 15.0  # between two lines about nodes that are waited for
 AT_ONCE = 64  # messages in one request to the SuperLink: larger requests are dropped with a line in its log
+NO_LIMIT = 90 * 86_400.0  # seconds that a message lives where a round has no timeout; Flower's own default is 12 hours
 TTL_MARGIN = 10.0  # seconds that a message outlives the round's timeout: until then its client may say why it is late
 
 
@@ -77,7 +78,7 @@ class DeployedGrid(LocalGrid):
         super().__init__(num_clients)
         self.run_id = run_id
         self._grid = grid
-        self._ttl = None if timeout is None else timeout + TTL_MARGIN
+        self._ttl = NO_LIMIT if timeout is None else timeout + TTL_MARGIN
         self._wait = wait
         self._authenticated = authenticated
         self._say = say
@@ -99,7 +100,7 @@ class DeployedGrid(LocalGrid):
         started = said = time.monotonic()
         partitions = range(len(self._node_ids))
         while missing := [p for p in partitions if p not in self._nodes.of]:
-            self._look(every=0.5)
+            self._look(every=min(LOOK_SECONDS, 0.5))
             now = time.monotonic()
             if now - started > self._wait:
                 self._give_up(missing)
@@ -147,9 +148,11 @@ class DeployedGrid(LocalGrid):
                 if message_id is not None:  # else it has left again
                     self._nodes.asked[message_id] = node
                     self._nodes.known.add(node)
-        for node in self._nodes.known - present:
-            self._nodes.known.discard(node)  # it is asked again when it comes back
-            for partition in [p for p, n in self._nodes.of.items() if n == node]:
+        self._nodes.asked = {i: node for i, node in self._nodes.asked.items() if node in present}
+        self._nodes.refused = {node: why for node, why in self._nodes.refused.items() if node in present}
+        self._nodes.known &= present  # one that left is asked again when it comes back
+        for partition, node in list(self._nodes.of.items()):
+            if node not in present:
                 del self._nodes.of[partition]
                 log.warning("the node of partition %d has left", partition)
         if self._nodes.asked:
@@ -169,10 +172,18 @@ class DeployedGrid(LocalGrid):
         except PayloadError as error:
             self._nodes.refused[node] = str(error)
             log.warning("node %d is refused: %s", node, error)
+            told = RecordDict({"config": ConfigRecord({"reason": str(error)})})
+            self._grid.push_messages([Message(told, node, "query.refused")])  # so that its owner knows, too
             return
         before = self._nodes.of.get(said.partition_id)
         if before is not None and before != node:
-            log.warning("partition %d has a new node, %d instead of %d", said.partition_id, node, before)
+            log.warning(
+                "partition %d has a new node, %d instead of %d: it was started again, or two nodes have the same "
+                "partition_id",
+                said.partition_id,
+                node,
+                before,
+            )
         self._nodes.of[said.partition_id] = node
         self._nodes.introductions.setdefault(said.partition_id, said)
 
