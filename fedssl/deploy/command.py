@@ -144,6 +144,7 @@ def _server(options: argparse.Namespace) -> int:
                 flower_run = link.submit(copy_bundle(home / "app"), run_config(home / "run.toml", told))
                 code, message = _follow(link, home, flower_run)
             except KeyboardInterrupt:
+                link.interrupt()
                 print(
                     f"interrupted; the last checkpoint is kept, fedssl-deploy server resume={run_dir} goes on",
                     file=sys.stderr,

@@ -262,6 +262,16 @@ class SuperLink:
         run = json.loads(said[said.index("{") :])["runs"][0]
         return str(run["status"]), str(run.get("status-details", ""))
 
+    def interrupt(self) -> None:
+        """Let the ServerApp end in order, with its summary, while the SuperLink still answers it."""
+        for pid in family_tree(self.process.pid):
+            with contextlib.suppress(OSError):
+                if flower_compat.SERVERAPP_COMMAND.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGINT)
+                    deadline = time.monotonic() + END_SECONDS
+                    while family_tree(pid) and time.monotonic() < deadline:
+                        time.sleep(0.05)
+
     def flwr(self, *arguments: str) -> str:
         """What `flwr <arguments>` prints; `FedSSLError` where it fails."""
         done = subprocess.run(

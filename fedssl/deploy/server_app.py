@@ -14,6 +14,9 @@ The run's configuration comes as one JSON value (`cfg-json` in Flower's run conf
 
 import contextlib
 import json
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +29,7 @@ from fedssl.deploy.processes import RUN_CONFIG
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import simulation
 from fedssl.federation.grids.deployed import DeployedGrid
-from fedssl.outcome import BUG, OK, STOPPED
+from fedssl.outcome import BUG, INTERRUPTED, OK, STOPPED
 from fedssl.tracking import write_json
 
 app = ServerApp()
@@ -43,11 +46,14 @@ def main(grid: Grid, context: Context) -> None:
             f"command that fedssl-deploy bundle prints"
         ) from error
     try:
-        with _screen(told["screen"]):
+        with _screen(told["screen"]), _interruptible():
             summary = serve(grid, told)
     except FedSSLError as error:
         _say_outcome(told, error.exit_code, str(error))
         raise
+    except KeyboardInterrupt:
+        _say_outcome(told, INTERRUPTED, "interrupted")
+        sys.exit(INTERRUPTED)
     except Exception as error:
         _say_outcome(told, BUG, "".join(traceback.format_exception(error)))
         raise
@@ -88,6 +94,23 @@ def _screen(path: str | None) -> Iterator[None]:
         return
     with Path(path).open("a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, the signals by which Flower ends a ServerApp raise KeyboardInterrupt, so that the run ends in order.
+
+    Its own handlers come back afterwards. In Flower's simulation, where this is no main thread, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _say_outcome(told: dict[str, Any], exit_code: int, message: str) -> None:

@@ -172,3 +172,4 @@ def task_commands() -> list[str]:
 
 
 CLIENTAPP_COMMAND = "flwr-clientapp"
+SERVERAPP_COMMAND = "flwr-serverapp"
