@@ -164,6 +164,15 @@ def test_a_node_that_left_fails_at_once() -> None:
     assert not any(reply.has_error() for reply in ask(grid, 0, 1))
 
 
+def test_before_the_run_begins_another_family_can_take_the_place_of_one_that_left() -> None:
+    flower = FlowerGrid({8: node(1)})
+    grid = open_grid(flower, wait=0.05)
+    with pytest.raises(TooFewRepliesError):
+        grid.join(Picky())
+    flower.nodes = {7: node(0), 9: node(1, trains=False)}
+    assert [member.trains for member in grid.join(Picky()).values()] == [True, False]
+
+
 def test_one_that_comes_back_as_another_family_is_refused() -> None:
     flower = FlowerGrid({7: node(0), 8: node(1)})
     grid = open_grid(flower)

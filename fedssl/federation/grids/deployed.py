@@ -87,6 +87,7 @@ class DeployedGrid(LocalGrid):
         self._sent: dict[str, Message] = {}  # ours, to the stable ids, by the id that Flower gave
         self._undelivered: dict[str, Message] = {}  # replies that this grid gives itself, by our message id
         self._looked = 0.0
+        self._begun = False  # the members are fixed
 
     # --- who is there ---
     def join(self, host: Host) -> dict[int, Member]:
@@ -108,6 +109,7 @@ class DeployedGrid(LocalGrid):
                 said = now
                 self._say(f"waiting for the nodes of partitions {_some(missing)}; {_count(self._nodes.of)} there")
             time.sleep(POLL_SECONDS)
+        self._begun = True
         members = [self._member(p) for p in partitions]
         introduce(self, members)
         self._say(f"{_count(members)} there: {', '.join(f'{m.partition_id} ({m.family})' for m in members[:20])}")
@@ -155,23 +157,27 @@ class DeployedGrid(LocalGrid):
             if node not in present:
                 del self._nodes.of[partition]
                 log.warning("the node of partition %d has left", partition)
+                if not self._begun:  # whoever comes in its place need not be like it
+                    del self._nodes.introductions[partition]
         if self._nodes.asked:
             for reply in self._grid.pull_messages(list(self._nodes.asked)):
                 self._introduced(self._nodes.asked.pop(reply.metadata.reply_to_message_id), reply)
 
     def _introduced(self, node: int, reply: Message) -> None:
         assert self._host is not None
+        claims = ""
         try:
             if reply.has_error():
                 raise PayloadError(f"it could not say who it is: {reply.error.reason}")
             said = Introduction.from_record(reply.content.config_records.get("join", ConfigRecord()))
             if said.partition_id not in range(len(self._node_ids)):
                 raise PayloadError(f"it says it is of partition {said.partition_id}, there are {len(self._node_ids)}")
+            claims = f" (partition {said.partition_id})"
             self._host.check_node(said)
             self._check_place(node, said)
         except PayloadError as error:
-            self._nodes.refused[node] = str(error)
-            log.warning("node %d is refused: %s", node, error)
+            self._nodes.refused[node] = f"{claims.lstrip()} {error}".lstrip()
+            log.warning("node %d%s is refused: %s", node, claims, error)
             told = RecordDict({"config": ConfigRecord({"reason": str(error)})})
             self._grid.push_messages([Message(told, node, "query.refused")])  # so that its owner knows, too
             return
