@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def test_the_wheel_holds_both_packages_the_configuration_and_the_templates(insta
     for package in ("fedssl", "strategies"):
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fedssl" / "report" / "templates").iterdir()}
+    expected |= {f"fedssl/{path.relative_to(ROOT)}" for path in (ROOT / "deploy" / "app").iterdir()}
     assert expected <= held
     strangers = {name for name in held - expected if ".dist-info/" not in name}
     assert all(name.endswith(("/py.typed", "/README.md")) for name in strangers), strangers
@@ -186,6 +188,13 @@ def test_help_lists_the_users_choices_beside_ours(installed: Installed, tmp_path
     assert "flesd" in line
     assert "last_wins" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_app_that_flower_sends_travels_along(installed: Installed, tmp_path: Path) -> None:
+    ended = installed.call("fedssl-deploy", "bundle", "app", "run_dir=run", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "app" / "pyproject.toml").read_text() == (ROOT / "deploy/app/pyproject.toml").read_text()
+    assert tomllib.loads((tmp_path / "app-run.toml").read_text()).keys() == {"cfg-json"}
 
 
 @pytest.fixture(scope="module")
