@@ -640,6 +640,7 @@ def test_a_job_that_fails_beside_others_does_not_end_them(
     assert json.loads((tmp_path / "sweep" / "2" / "summary.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["hydra.sweep.subdir=one", "client.store=one"])
 def test_jobs_that_would_write_one_directory_never_run_at_once(command: Command, tmp_path: Path, shared: str) -> None:
     overrides = small("federation.num_rounds=1", "strategy=local_only", "seed=0,1", shared)

@@ -177,6 +177,7 @@ def test_the_mean_of_a_local_row_is_that_of_its_sources_clients() -> None:
         assert len(clients) == 6
 
 
+@pytest.mark.slow
 def test_what_stands_beside_a_row_is_comparable() -> None:
     def described(row: rows.Row) -> tuple[str, int, str]:
         config = compose(TABLE.overrides(row, shrunken=False))
@@ -339,6 +340,7 @@ def test_a_fresh_shard_starts_only_where_it_fits(tiny: Path, monkeypatch: pytest
     assert [run["attempts"] for run in result["runs"]] == [[], []]
 
 
+@pytest.mark.slow
 def test_an_attempt_that_got_nowhere_is_remembered(tiny: Path, capsys: Any) -> None:
     tiny.write_text(tiny.read_text().replace("client.local_epochs=1", "client.local_epochs=1000000"))
     code, result = measure(tiny, "alone", "work", "--seconds", "15")

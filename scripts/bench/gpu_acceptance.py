@@ -64,6 +64,7 @@ NEEDED = {  # module -> package, for whom
     "grpc": "grpcio: flwr",
     "grpc_health": "grpcio-health-checking: flwr",
     "cryptography": "cryptography: flwr",
+    "packaging": "packaging: flwr",
     "Crypto": "pycryptodome: flwr",
     "iterators": "iterators: flwr",
     "jaxtyping": "jaxtyping: rows, tests",
