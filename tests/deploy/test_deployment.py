@@ -200,7 +200,7 @@ def test_a_full_disk_at_a_client_is_its_failure(deployment: Deployment) -> None:
 def test_nodes_that_do_not_fit_are_named_and_the_run_does_not_start(deployment: Deployment) -> None:
     deployment.start_node(0)
     deployment.start_node(1, "family=perceptron")
-    deployment.start_node(2, "data=digits")
+    deployment.start_node(2, "data=digits", "public.data=digits")
     deployment.start_server(*TINY, f"run_dir={deployment.run_dir}", options=("--insecure", "--wait", "40"))
     assert deployment.finish(120) == 2
     said = deployment.said("server")
