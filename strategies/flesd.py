@@ -216,7 +216,8 @@ class FLESD(GlobalModels):
     def _student_similarity(self) -> ArrayRecord:
         """What the report family's student has learned, encoded like an upload."""
         student = self.server.load(self.arrays, self.server.report_family)
-        rotation = generator(self.server.seed, "downlink rotation", self.round_num)
+        secret = self.server.secret
+        rotation = secret() if secret else generator(self.server.seed, "downlink rotation", self.round_num)
         arrays = self.codec.encode(self.server.embed_public(student, self.embedding), rotation)
         return to_record(arrays)
 

@@ -48,6 +48,7 @@ class Server:
         build_model: family -> the run's initial model of that family, the same at every call.
         private_union: the private images of all training clients (simulation only, for `centralized`).
         embedding_dims: d by embedding (`fedssl.federation.embedding`), the largest that is sent.
+        secret: as `fedssl.federation.client.Client.secret`.
     """
 
     seed: int
@@ -68,6 +69,7 @@ class Server:
     embedding_dims: Mapping[str, int]
     embed_batch_size: int
     device: torch.device
+    secret: Callable[[], torch.Generator] | None = None
 
     @property
     def trained_families(self) -> tuple[str, ...]:

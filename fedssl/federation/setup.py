@@ -32,7 +32,7 @@ from fedssl.federation.server import Server
 from fedssl.methods import Method
 from fedssl.models import Model, feature_dim, num_parameters
 from fedssl.resuming import DEPLOYMENT
-from fedssl.seeding import seeded_init
+from fedssl.seeding import seeded_init, unforeseeable
 from fedssl.tracking import write_json
 
 
@@ -415,6 +415,7 @@ class Setup:
             embedding_dims=self.embedding_dims,
             embed_batch_size=self.evaluation.batch_size,
             device=self.device,
+            secret=unforeseeable if isinstance(instantiate(self.config["partition"]), Nodes) else None,
         )
 
     def check_node(self, node: Introduction) -> None:

@@ -313,6 +313,14 @@ def test_the_rotation_of_own_images_comes_from_no_seed(run: dict[str, Any], tmp_
     torch.testing.assert_close(factors[0] @ factors[0].T, factors[1] @ factors[1].T, atol=0.01, rtol=0.01)
 
 
+def test_so_does_the_servers_own_rotation(run: dict[str, Any]) -> None:
+    first, second = (Setup(run).server().secret for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert not torch.equal(torch.randn(4, generator=first()), torch.randn(4, generator=second()))
+    assert Setup(compose(list(SMALL))).server().secret is None
+
+
 def test_a_secret_generator_is_never_the_same_and_as_good_as_another() -> None:
     draws = torch.stack([torch.randn(1000, generator=unforeseeable()) for _ in range(20)])
     assert len({tuple(draw[:4].tolist()) for draw in draws}) == 20
