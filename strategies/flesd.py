@@ -50,7 +50,6 @@ from fedssl.federation.records import Upload, family_arrays, model_state, to_arr
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import check_weights, mean_weights
 from fedssl.models import Model
-from fedssl.seeding import generator
 from fedssl.similarity import AnchorMass, Similarity, collapse_measures
 
 log = logging.getLogger(__name__)
@@ -216,10 +215,8 @@ class FLESD(GlobalModels):
     def _student_similarity(self) -> ArrayRecord:
         """What the report family's student has learned, encoded like an upload."""
         student = self.server.load(self.arrays, self.server.report_family)
-        secret = self.server.secret
-        rotation = secret() if secret else generator(self.server.seed, "downlink rotation", self.round_num)
-        arrays = self.codec.encode(self.server.embed_public(student, self.embedding), rotation)
-        return to_record(arrays)
+        embeddings = self.server.embed_public(student, self.embedding)
+        return to_record(self.codec.encode(embeddings, self.server.rotation(self.round_num)))
 
     # --- gather ---
     def check(self, reply: Message) -> Received:

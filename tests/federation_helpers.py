@@ -35,7 +35,18 @@ STRATEGIES = sorted(path.stem for path in (conf_dir() / "strategy").glob("*.yaml
 WITH_CLIENTS = [name for name in STRATEGIES if compose([f"strategy={name}"])["strategy"]["client"] is not None]
 
 FAMILIES = ("conv4_4", "conv4_2", "tiny")  # of partitions 0 to 3: conv4_4, conv4_2, tiny, conv4_4
+QUICK = (  # rounds and probes of next to no work
+    "client.local_epochs=1",
+    "distill.epochs=1",
+    "distill.batch_size=8",
+    "distill.queue_size=16",
+    "evaluate.labels.per_class=[1]",
+    "evaluate.labels.num_draws=2",
+    "evaluate.linear.l2=[0.01]",
+    "evaluate.logistic.max_iterations=5",
+)
 SMALL = (
+    *QUICK,
     "grid=in_process",
     "device=cpu",
     "data.num_images=140",
@@ -49,15 +60,7 @@ SMALL = (
     "+models.tiny={_target_: tests.federation_helpers.Tiny}",
     "projector.hidden_dim=16",
     "projector.out_dim=8",
-    "client.local_epochs=1",
     "client.batch_size=8",
-    "distill.epochs=1",
-    "distill.batch_size=8",
-    "distill.queue_size=16",
-    "evaluate.labels.per_class=[1]",
-    "evaluate.labels.num_draws=2",
-    "evaluate.linear.l2=[0.01]",
-    "evaluate.logistic.max_iterations=5",
 )
 NEEDS = {  # strategy -> what it asks of a federation: 3 clients a family; and of so few images: a short queue
     "bulyan": ("federation.families=[conv4_4]",),

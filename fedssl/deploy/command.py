@@ -7,6 +7,7 @@ Thin: `server` starts `flower-superlink` and `flwr run`, follows the run and end
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from fedssl.deploy.processes import (
     supernode_command,
 )  # fmt: skip
 from fedssl.errors import ConfigError, FedSSLError
-from fedssl.outcome import BAD_INPUT, INTERRUPTED, OK, STOPPED, finish, outcome_of, print_summary
+from fedssl.outcome import BAD_INPUT, BUG, INTERRUPTED, OK, STOPPED, finish, outcome_of, print_summary
 from fedssl.resuming import DEPLOYMENT, resumed
 from fedssl.tracking import write_json
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as ended:  # argparse has said why
         return OK if ended.code in (None, 0) else BAD_INPUT
     options.overrides = overrides
-    with ending_on_signals():
+    with ending_on_signals(signal.SIGTERM):
         return outcome_of(lambda: options.work(options))[0]
 
 
@@ -178,7 +179,7 @@ def _follow(link: SuperLink, home: Path, flower_run: int) -> tuple[int, str]:
             ended = json.loads(outcome.read_text())
             return ended["exit_code"], ended["message"]
         if link.process.poll() is not None:
-            return 1, f"the SuperLink ended by itself; its last lines:\n{link.last_lines()}"
+            return BUG, f"the SuperLink ended by itself; its last lines:\n{link.last_lines()}"
         if time.monotonic() - asked > ASK_SECONDS:
             asked = time.monotonic()
             try:
@@ -186,7 +187,7 @@ def _follow(link: SuperLink, home: Path, flower_run: int) -> tuple[int, str]:
             except (FedSSLError, ValueError, KeyError, IndexError):  # busy: it is asked again
                 continue
             if status.startswith("finished") and not outcome.is_file():
-                return 1, f"the run ended without a word: {status}: {details}\n{link.last_lines()}"
+                return BUG, f"the run ended without a word: {status}: {details}\n{link.last_lines()}"
         time.sleep(POLL_SECONDS)
 
 

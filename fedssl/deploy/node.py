@@ -12,7 +12,6 @@ import numpy as np
 from fedssl.config import instantiate
 from fedssl.data.federated import FederatedData
 from fedssl.data.images import ImageSet
-from fedssl.data.partition import Nodes
 from fedssl.data.public import ClientShard, Dataset
 from fedssl.errors import ConfigError
 from fedssl.federation.client import Client
@@ -181,8 +180,7 @@ class NodeSetup(Setup):
                 f"partition_id={partition_id}, but the run has federation.num_clients={federation.num_clients}: they "
                 f"count from 0."
             )
-        own_images = isinstance(instantiate(self.config["partition"]), Nodes)
-        if self.rehearses and own_images:
+        if self.rehearses and self.on_nodes:
             raise ConfigError("the run has partition=nodes: name this node's own images, e.g. data=image_folder")
         if (family := self.family(partition_id)) not in self.config["models"]:
             known = ", ".join(sorted(self.config["models"]))

@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -197,7 +198,6 @@ class SuperLink:
         self.log = home / "superlink.log"
         self.environment = environment(home)
         self.certificates = certificates
-        self.port = port
         if authenticated and certificates is None:
             raise ConfigError("nodes can be known by their keys only over TLS: --keys needs --certificates")
         with contextlib.closing(socket.socket()) as sock:
@@ -325,17 +325,20 @@ def supernode_command(
 
 
 @contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM is what Ctrl-C is: what was started is ended."""
+def ending_on_signals(*numbers: signal.Signals) -> Iterator[None]:
+    """Inside, these signals are what Ctrl-C is, a KeyboardInterrupt: what was started is ended in order.
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    Afterwards the handlers before come back. Outside the main thread, which alone can have handlers, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def bundle_dir() -> Path:

@@ -16,7 +16,6 @@ import contextlib
 import json
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedssl.deploy.processes import RUN_CONFIG
+from fedssl.deploy.processes import RUN_CONFIG, ending_on_signals
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import simulation
 from fedssl.federation.grids.deployed import DeployedGrid
@@ -46,7 +45,8 @@ def main(grid: Grid, context: Context) -> None:
             f"command that fedssl-deploy bundle prints"
         ) from error
     try:
-        with _screen(told["screen"]), _interruptible():
+        # Flower's own handlers of both would end the process at once, without a summary.
+        with _screen(told["screen"]), ending_on_signals(signal.SIGINT, signal.SIGTERM):
             summary = serve(grid, told)
     except FedSSLError as error:
         _say_outcome(told, error.exit_code, str(error))
@@ -94,23 +94,6 @@ def _screen(path: str | None) -> Iterator[None]:
         return
     with Path(path).open("a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Inside, the signals by which Flower ends a ServerApp raise KeyboardInterrupt, so that the run ends in order.
-
-    Its own handlers come back afterwards. In Flower's simulation, where this is no main thread, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
 
 
 def _say_outcome(told: dict[str, Any], exit_code: int, message: str) -> None:

@@ -25,8 +25,10 @@ SERVER_NODE_ID = 1  # what Flower calls the SuperLink
 
 UNKNOWN = 0  # flwr.common.constant.ErrorCode.UNKNOWN: Flower's engine, of an actor that died
 CLIENT_RAISED = 2  # CLIENT_APP_RAISED_EXCEPTION
-CLIENT_CRASHED = 8  # CLIENT_APP_CRASHED: its process died
 NODE_UNAVAILABLE = 5  # of a node that left
+CLIENT_CRASHED = 8  # CLIENT_APP_CRASHED: its process died
+
+CLIENTAPP_COMMAND, SERVERAPP_COMMAND = "flwr-clientapp", "flwr-serverapp"  # what runs a task
 
 LARGE_BYTES = 1 << 18  # arrays from this size on travel outside the pickle, without a copy
 
@@ -169,7 +171,3 @@ def task_commands() -> list[str]:
     from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
     return sorted(set(TASK_TYPE_TO_COMMAND.values()))
-
-
-CLIENTAPP_COMMAND = "flwr-clientapp"
-SERVERAPP_COMMAND = "flwr-serverapp"

@@ -26,7 +26,7 @@ from fedssl.federation.records import Header, Upload, family_arrays, family_stat
 from fedssl.federation.roster import Member, ask_roster
 from fedssl.methods import Method
 from fedssl.models import Model
-from fedssl.seeding import derive_seed, numpy_generator
+from fedssl.seeding import derive_seed, generator, numpy_generator
 from fedssl.train import train
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,10 @@ class Server:
     def _some_images(self) -> Float[Tensor, "b 3 s s"]:
         images = self.public_set.images
         return self.views.plain(images.take(np.arange(min(len(images), NUM_TRIED))).to(self.device))
+
+    def rotation(self, round_num: int) -> torch.Generator:
+        """For the rotation of embeddings that go down in this round."""
+        return self.secret() if self.secret else generator(self.seed, "downlink rotation", round_num)
 
     def embed_public(self, model: Model, embedding: str) -> Float[Tensor, "n d"]:
         """As `Client.embed_public`."""

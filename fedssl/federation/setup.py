@@ -224,6 +224,11 @@ class Setup:
         return source.load("train")
 
     @cached_property
+    def on_nodes(self) -> bool:
+        """Whether every client's images are on a machine of its own."""
+        return isinstance(instantiate(self.config["partition"]), Nodes)
+
+    @cached_property
     def data(self) -> FederatedData:
         """Partitions and public images."""
         public = instantiate(self.config["public"])
@@ -268,7 +273,7 @@ class Setup:
 
     def private_union(self) -> ImageSet:
         """All images of the clients that train."""
-        if isinstance(instantiate(self.config["partition"]), Nodes):
+        if self.on_nodes:
             raise ConfigError(
                 f"strategy={self.config['strategy']['name']} trains on all private images in one place, and with "
                 f"partition=nodes they are on the clients' machines. Choose another strategy."
@@ -415,7 +420,7 @@ class Setup:
             embedding_dims=self.embedding_dims,
             embed_batch_size=self.evaluation.batch_size,
             device=self.device,
-            secret=unforeseeable if isinstance(instantiate(self.config["partition"]), Nodes) else None,
+            secret=unforeseeable if self.on_nodes else None,
         )
 
     def check_node(self, node: Introduction) -> None:
@@ -432,11 +437,10 @@ class Setup:
                 f"its architecture is {node.family!r} (family=); this run knows "
                 f"{', '.join(sorted(self.config['models']))}"
             )
-        own_images = isinstance(instantiate(self.config["partition"]), Nodes)
-        if own_images == node.rehearsal:
+        if self.on_nodes == node.rehearsal:
             raise PayloadError(
                 "it names no images of its own (data=), and this run has partition=nodes"
-                if own_images
+                if self.on_nodes
                 else "it brings images of its own (data=), and this run splits one data set: set partition=nodes"
             )
         if node.public_fingerprint != self.public_set.fingerprint:
@@ -492,8 +496,7 @@ class Setup:
                 f"federation.devices.stragglers={share:g} of {trainers} clients is less than half a client, so there "
                 f"would be none: raise it, raise federation.num_clients, or set it to 0."
             )
-        own_images = isinstance(instantiate(self.config["partition"]), Nodes)
-        for partition_id in () if own_images and nodes_to_come else self.data.training_partitions:
+        for partition_id in () if self.on_nodes and nodes_to_come else self.data.training_partitions:
             if (owned := self.num_images(partition_id)) < 2:
                 raise ConfigError(
                     f"partition {partition_id} has {owned} images, and a client that trains needs at least 2. Use "
@@ -513,7 +516,7 @@ class Setup:
 
     def _check_nodes(self, nodes_to_come: bool) -> None:
         """`partition=nodes` needs nodes, and a public set that they can hold a copy of."""
-        if not isinstance(instantiate(self.config["partition"]), Nodes):
+        if not self.on_nodes:
             return
         if self.members is None and not nodes_to_come:
             raise ConfigError(
@@ -532,7 +535,7 @@ class Setup:
         public = self.config["public"].get("source")
         if (
             public is None
-            or isinstance(instantiate(self.config["partition"]), Nodes)
+            or self.on_nodes
             or any(public.get(key) != private.get(key) for key in ("name", "train_split"))
         ):
             return

@@ -14,23 +14,17 @@ import numpy as np
 from PIL import Image
 
 from fedssl.deploy.processes import family_tree, free_port
+from tests.federation_helpers import QUICK
 
 ROOT = Path(__file__).parents[2]
 TINY = (
+    *QUICK,
     "data.num_images=140",
     "public.size=24",
     "partition=iid",
     "federation.num_clients=3",
     "federation.families=[conv4_16,conv4_32,resnet8]",
-    "client.local_epochs=1",
     "client.batch_size=16",
-    "distill.epochs=1",
-    "distill.batch_size=8",
-    "distill.queue_size=16",
-    "evaluate.labels.per_class=[1]",
-    "evaluate.labels.num_draws=2",
-    "evaluate.linear.l2=[0.01]",
-    "evaluate.logistic.max_iterations=5",
     "device=cpu",
 )
 COMMAND = [sys.executable, "-m", "fedssl.deploy.command"]
@@ -70,7 +64,6 @@ class Deployment:
         self.port = free_port()
         self.server: subprocess.Popen[bytes] | None = None
         self.nodes: dict[int, subprocess.Popen[bytes]] = {}
-        self._started: set[int] = set()
 
     def start_server(self, *overrides: str, options: Sequence[str] = ("--insecure", "--wait", "120")) -> None:
         command = [*COMMAND, "server", *options, "--port", str(self.port), *overrides]
@@ -92,7 +85,7 @@ class Deployment:
 
     def _start(self, command: Sequence[str], name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
@@ -100,8 +93,6 @@ class Deployment:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._started.add(process.pid)
-        return process
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
