@@ -21,7 +21,7 @@ from fedssl.config import compose
 SIDE = 8  # pixels
 IMAGES = 5  # of a client
 ROUNDS = 50
-WARM = 1  # rounds before memory is flat: imports, caches, allocator
+WARM = 10  # rounds before memory is flat: imports, caches, allocator
 CASES = ((10_000, 100), (10_000, 50), (10_000, 200), (1_000, 100))  # registered clients, cohort; memory of the first
 GROWTH_MB = 20.0  # of the server's process from round 10 to 50
 LINEAR = 1.25  # cost per client with a cohort of 200 over that with 50
