@@ -141,6 +141,42 @@ def test_a_client_that_keeps_killing_workers_fails_alone(grid: RayGrid, tmp_path
     assert all(1000 in event.node_ids for event in events)
 
 
+def pull_all(grid: RayGrid, ids: list[str]) -> list[Message]:
+    """All replies, as they come."""
+    replies: list[Message] = []
+    deadline = time.monotonic() + 60
+    while len(replies) < len(ids) and time.monotonic() < deadline:
+        replies += grid.pull_messages(ids)
+    return replies
+
+
+def test_what_waits_at_a_worker_that_dies_is_not_blamed(grid: RayGrid, tmp_path: Path) -> None:
+    """A busy worker has its next batch already; only the one it worked on is named, and all are answered."""
+    warm_up(grid)
+    everyone = list(range(NUM_CLIENTS)) * 4
+    batch = messages(grid, everyone)
+    batch[0:1] = messages(grid, [0], "die_once", folder=str(tmp_path))
+    grid._seconds[1000, "train"] = 0.05  # so it starts first
+    ids = grid.push_messages(batch)
+    (running, waiting) = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
+    nodes = tuple(task.node_id for task in running.tasks)
+    assert nodes[0] == 1000
+    assert waiting.tasks
+    replies = pull_all(grid, ids)
+    assert Counter(facts(replies, "partition")) == Counter(everyone)
+    (event,) = grid.pop_events()
+    assert (event.kind, event.node_ids) == ("worker_died", nodes)
+
+
+def test_long_messages_do_not_wait_at_a_busy_worker(grid: RayGrid) -> None:
+    """Whoever is free first takes the next one."""
+    warm_up(grid)
+    grid._seconds.update(dict.fromkeys(grid._seconds, 2 * SETTINGS.batch_seconds))
+    ids = grid.push_messages(messages(grid, list(range(NUM_CLIENTS)) * 2))
+    assert [len(slot.calls) for slot in grid._slots] == [1] * len(grid._slots)
+    assert len(pull_all(grid, ids)) == len(ids)
+
+
 def test_late_clients_are_missing_and_free_their_worker(grid: RayGrid) -> None:
     warm_up(grid)
     batch = [*messages(grid, [0, 1], "sleep", seconds=60.0), *messages(grid, [2])]

@@ -40,8 +40,9 @@ BROADCAST_BYTES = 1 << 16  # records from this size on go through the object sto
 ANSWER_SECONDS = 5.0  # a cluster that has not answered by then is not there
 START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
-BATCHES_PER_WORKER = 4  # a worker takes a quarter of its share of the queue at once, so that all end together,
-SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs about 1 ms
+BATCHES_PER_WORKER = 2  # a worker takes half of its share of the queue at once, so that all end together,
+SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs some ms of CPU time
+AHEAD = 2  # messages a worker that must be left in the queue for a batch to wait at a busy one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,16 +422,28 @@ class _Task:
 
 
 @dataclass(eq=False, slots=True)
+class _Call:
+    """A batch of messages that a worker was given; none: to load the app."""
+
+    reference: Any  # what to wait for
+    tasks: list[_Task]
+
+
+@dataclass(eq=False, slots=True)
 class _Slot:
     """One worker as the driver sees it; when its actor dies, the slot gets another one."""
 
     actor: Any
-    reference: Any  # what to wait for; None: idle
+    calls: deque[_Call]  # the first is what it works on, another one waits for it there
     loaded: bool = False
     pid: int = 0
     device: str = ""
-    tasks: list[_Task] = field(default_factory=list)
     keys: set[int] = field(default_factory=set)  # broadcast records it holds
+
+    @property
+    def tasks(self) -> list[_Task]:
+        """All messages that it was given."""
+        return [task for call in self.calls for task in call.tasks]
 
 
 class RayGrid(LocalGrid):
@@ -483,13 +496,13 @@ class RayGrid(LocalGrid):
         self._release(dropped)
         self._queue = deque(task for task in self._queue if task.wanted)
         for number, slot in enumerate(self._slots):
-            if slot.tasks and not any(task.wanted for task in slot.tasks):
-                nodes = tuple(task.node_id for task in slot.tasks)
+            running = slot.calls[0].tasks if slot.calls else []
+            if running and not any(task.wanted for task in running):
+                nodes = tuple(task.node_id for task in running)
                 self._events.append(
                     GridEvent(kind="worker_stopped", node_ids=nodes, reason="still running when the time was up")
                 )
-                self._ray.kill(slot.actor)
-                self._slots[number] = self._start_worker()
+                self._replace(number)
 
     def close(self) -> None:
         """End the actors; Ray itself stays for the next grid of this process. A second call does nothing."""
@@ -558,19 +571,37 @@ class RayGrid(LocalGrid):
         return self._seconds.get(task.kind) or self._typical.get(task.message_type, (0.0, 0))[0]
 
     def _dispatch(self) -> None:
-        """Give idle workers work, first where fewest workers share the device."""
-        idle = [slot for slot in self._slots if slot.reference is None]
+        """Give idle workers work, first where fewest workers share the device; then what busy ones find when they end.
+
+        Only short work waits at a worker, and only while there is more for everybody: the last batches go to whoever
+        is free first.
+        """
+        idle = [slot for slot in self._slots if not slot.calls]
         busy = Counter(slot.device for slot in self._slots if slot.tasks)
         while idle and self._queue:
             slot = min(idle, key=lambda slot: busy[slot.device])
             idle.remove(slot)
             busy[slot.device] += 1
-            slot.tasks = self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1)))
-            batch = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in slot.tasks]
-            unseen = {key for task in slot.tasks for key in task.keys} - slot.keys
-            slot.keys |= unseen
-            data, views = flower_compat.dumps(batch)
-            slot.reference = slot.actor.work.remote(data, views, {key: self._broadcast[key] for key in unseen})
+            self._give(slot, self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1))))
+        for slot in self._slots:
+            plenty = len(self._queue) > AHEAD * len(self._slots)
+            if plenty and slot.loaded and len(slot.calls) == 1 and self._is_short(slot):
+                self._give(slot, self._next_batch(len(self._queue)))
+
+    def _is_short(self, slot: _Slot) -> bool:
+        """Whether it will surely end within `batch_seconds`, and what is next in the queue takes as little."""
+        head, seconds = self._queue[0], self._settings.batch_seconds
+        known = [self._expected(task) for task in (*slot.tasks, head)]
+        return all(known) and sum(known[:-1]) <= seconds and known[-1] <= seconds and not head.alone
+
+    def _give(self, slot: _Slot, tasks: list[_Task]) -> None:
+        """Send a worker these messages, and the broadcast records it lacks."""
+        batch = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in tasks]
+        unseen = {key for task in tasks for key in task.keys} - slot.keys
+        slot.keys |= unseen
+        data, views = flower_compat.dumps(batch)
+        broadcast = {key: self._broadcast[key] for key in unseen}
+        slot.calls.append(_Call(slot.actor.work.remote(data, views, broadcast), tasks))
 
     def _next_batch(self, share: int) -> list[_Task]:
         """Tasks from the head of the queue: one, or several short ones within `batch_seconds`, at most `share`."""
@@ -588,14 +619,13 @@ class RayGrid(LocalGrid):
 
     def _collect(self, timeout: float) -> None:
         """Take what one worker has finished, waiting at most `timeout` seconds for it."""
-        under_way = {slot.reference: number for number, slot in enumerate(self._slots) if slot.reference is not None}
+        under_way = {slot.calls[0].reference: number for number, slot in enumerate(self._slots) if slot.calls}
         if not under_way:
             return
         ready, _ = self._ray.wait(list(under_way), num_returns=1, timeout=timeout)
         for reference in ready:
             number = under_way[reference]
             slot = self._slots[number]
-            slot.reference = None
             try:
                 value = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
@@ -603,7 +633,7 @@ class RayGrid(LocalGrid):
             except self._ray.exceptions.RayError as error:
                 self._lost(number, error)
             else:
-                self._finished(slot, value)
+                self._finished(slot, slot.calls.popleft().tasks, value)
 
     def _name_a_full_cluster(self) -> None:
         """Warn, once, where no node has room for any worker: Ray waits for one without a word."""
@@ -620,13 +650,12 @@ class RayGrid(LocalGrid):
                 self.placement.num_gpus,
             )
 
-    def _finished(self, slot: _Slot, value: Any) -> None:
+    def _finished(self, slot: _Slot, tasks: list[_Task], value: Any) -> None:
         if not slot.loaded:
             slot.loaded = True
             slot.pid, slot.device = value
             self._failed_starts = 0
             return
-        tasks, slot.tasks = slot.tasks, []
         results: list[_Result] = (
             flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
         )
@@ -644,8 +673,9 @@ class RayGrid(LocalGrid):
         """A worker died: replace it, and run its messages again, or answer for the one that keeps killing workers."""
         slot = self._slots[number]
         reason = f"worker process {slot.pid or '(starting)'} died: {_why(error)}"
+        running = slot.calls[0].tasks
         self._events.append(
-            GridEvent(kind="worker_died", node_ids=tuple(task.node_id for task in slot.tasks), reason=reason)
+            GridEvent(kind="worker_died", node_ids=tuple(task.node_id for task in running), reason=reason)
         )
         if not slot.loaded:
             self._failed_starts += 1
@@ -654,10 +684,9 @@ class RayGrid(LocalGrid):
                     f"workers die while they start, before any client runs: {reason} "
                     "Their logs are in Ray's folder (/tmp/ray/session_latest/logs)."
                 )
-        self._ray.kill(slot.actor)  # it may only be out of reach
-        self._slots[number] = self._start_worker()
-        lost = [task for task in slot.tasks if task.wanted]
-        if len(slot.tasks) == 1 and lost:
+        self._replace(number)
+        lost = [task for task in running if task.wanted]
+        if len(running) == 1 and lost:
             (task,) = lost
             task.deaths += 1
             if task.deaths > self._settings.max_retries:
@@ -675,9 +704,17 @@ class RayGrid(LocalGrid):
             task.alone = True
         self._queue.extendleft(reversed(lost))
 
+    def _replace(self, number: int) -> None:
+        """Another worker instead of this one; what waited there, and is no part of the matter, is back in the queue."""
+        slot = self._slots[number]
+        self._ray.kill(slot.actor)  # of one that died, too: it may only be out of reach
+        waiting = [task for call in list(slot.calls)[1:] for task in call.tasks if task.wanted]
+        self._queue.extendleft(reversed(waiting))
+        self._slots[number] = self._start_worker()
+
     def _start_worker(self) -> _Slot:
         actor: Any = self._new_actor()
-        return _Slot(actor=actor, reference=actor.load.remote(self._load_app))
+        return _Slot(actor=actor, calls=deque([_Call(actor.load.remote(self._load_app), [])]))
 
 
 def _is_large(record: flower_compat.Record) -> bool:
