@@ -60,6 +60,12 @@ def read_array(name: str, array: Array) -> np.ndarray:
         raise PayloadError(f"array {name!r} cannot be read: {error}") from error
 
 
+@lru_cache(maxsize=64)
+def dtype_name(dtype: np.dtype) -> str:
+    """Flower's name of it; numpy works it out anew each time."""
+    return str(dtype)
+
+
 @lru_cache(maxsize=4096)
 def _header(dtype: np.dtype, shape: tuple[int, ...], fortran_order: bool) -> tuple[str, bytes]:
     """Flower's name of the type, and the bytes before the data."""
@@ -67,7 +73,7 @@ def _header(dtype: np.dtype, shape: tuple[int, ...], fortran_order: bool) -> tup
     npy.write_array_header_1_0(
         file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": fortran_order, "shape": shape}
     )
-    return str(dtype), file.getvalue()
+    return dtype_name(dtype), file.getvalue()
 
 
 def _head(data: memoryview) -> bytes:

@@ -8,6 +8,7 @@ Weights travel as ``<family>/<parameter>``, so that one record can hold the mode
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor, nn
 
 from fedssl.errors import PayloadError
-from fedssl.federation.arrays import read_array, to_record
+from fedssl.federation.arrays import dtype_name, read_array, to_record
 from fedssl.models import recount_batches
 
 
@@ -166,19 +167,17 @@ class Upload:
                 raise PayloadError(
                     f"record {name!r} should be of type {kind.__name__}, got {type(content[name]).__name__}"
                 )
-        header = Header.from_record(content.config_records["header"])
+        records: Mapping[str, Any] = content  # of the types just looked at; Flower's properties copy all records
         arrays = {}
-        for name, array in content.array_records["arrays"].items():
+        for name, array in records["arrays"].items():
             value = read_array(name, array)
-            if (str(value.dtype), value.shape) != (array.dtype, tuple(array.shape)):
+            if (dtype_name(value.dtype), value.shape) != (array.dtype, tuple(array.shape)):
                 raise PayloadError(
                     f"array {name!r} declares {array.dtype}{tuple(array.shape)} but holds {value.dtype}{value.shape}"
                 )
             arrays[name] = value
-        metrics = {
-            name: float(v) for name, v in content.metric_records["metrics"].items() if isinstance(v, int | float)
-        }
-        return cls(header=header, arrays=arrays, metrics=metrics)
+        metrics = {name: float(v) for name, v in records["metrics"].items() if isinstance(v, int | float)}
+        return cls(header=Header.from_record(records["header"]), arrays=arrays, metrics=metrics)
 
 
 _UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}

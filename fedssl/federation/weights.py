@@ -1,5 +1,6 @@
 """Weights that clients sent: checked against the family's, and averaged."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedssl.errors import PayloadError
-from fedssl.federation.arrays import read_array
+from fedssl.federation.arrays import dtype_name, read_array
 
 LARGEST = 1e10  # of a trained weight, so that a mean of them is finite; batch norm's averages follow what they get
 GROWTH = 10.0  # of a weight's largest entry in one client's training: up to here nobody doubts that a network works
@@ -35,26 +36,29 @@ def check_fit(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: s
         raise PayloadError(f"its weights are not those of {family}: {sorted(arrays.keys() ^ expected.keys())[:3]}")
     for name, value in arrays.items():
         own = expected[name]
-        if (str(value.dtype), value.shape) != (own.dtype, tuple(own.shape)):
+        if (dtype_name(value.dtype), value.shape) != (own.dtype, tuple(own.shape)):
             raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
 
 
 def check_values(arrays: Mapping[str, np.ndarray]) -> None:
     """Finite numbers, trained ones of at most `LARGEST`, no negative variance; see `check_weights`."""
     for name, value in arrays.items():
-        if not np.isfinite(value).all():
+        if not math.isfinite(largest := _largest_entry(value)):
             raise PayloadError(f"weight {name!r} holds NaN or infinity")
-        if "running_" not in name and value.size and np.abs(value).max() > LARGEST:
-            raise PayloadError(
-                f"weight {name!r} holds {np.abs(value).max():.3g}, no trained network has beyond {LARGEST:g}"
-            )
+        if "running_" not in name and largest > LARGEST:
+            raise PayloadError(f"weight {name!r} holds {largest:.3g}, no trained network has beyond {LARGEST:g}")
         if name.endswith("running_var") and value.size and value.min() < 0:
             raise PayloadError(f"weight {name!r} holds the negative variance {value.min():.3g}")
 
 
 def largest_entries(arrays: ArrayRecord) -> dict[str, float]:
     """The largest absolute entry of each."""
-    return {name: float(np.abs(read_array(name, array)).max(initial=0.0)) for name, array in arrays.items()}
+    return {name: _largest_entry(read_array(name, array)) for name, array in arrays.items()}
+
+
+def _largest_entry(value: np.ndarray) -> float:
+    """Of the absolute values, which are not written down: 0 if there is none, NaN if one is."""
+    return max(float(value.max()), -float(value.min())) if value.size else 0.0
 
 
 def has_grown(arrays: Mapping[str, np.ndarray], before: Mapping[str, float]) -> bool:
@@ -67,8 +71,7 @@ def has_grown(arrays: Mapping[str, np.ndarray], before: Mapping[str, float]) -> 
         before: `largest_entries` of what it was sent.
     """
     return any(
-        name in before and value.size and np.abs(value).max() > GROWTH * (before[name] or 1.0)
-        for name, value in arrays.items()
+        name in before and _largest_entry(value) > GROWTH * (before[name] or 1.0) for name, value in arrays.items()
     )
 
 
