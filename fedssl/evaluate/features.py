@@ -8,6 +8,8 @@ from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.models import evaluating
 
+CPU_BATCH = 64  # images; the activations of more do not fit a core's cache, and every layer would wait for them
+
 
 def extract_features(
     backbone: nn.Module,
@@ -26,16 +28,18 @@ def extract_features(
         backbone: (b, 3, h, w) to (b, d); lives on `device`.
         images: n > 0 images.
         views: its deterministic transform is used, unless there is an `rng`.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass, on the CPU at most `CPU_BATCH`.
         device: where the backbone computes.
         rng: a generator on `device`: the features are those of one random view of each image, drawn from it.
     """
     features = []
+    if device.type == "cpu":
+        batch_size = min(batch_size, CPU_BATCH)
     with torch.no_grad(), evaluating(backbone):
         for rows in torch.split(torch.arange(len(images)), batch_size):
             pixels = images.take(rows).to(device)
             x = views.plain(pixels) if rng is None else views(pixels, rng)
-            features.append(backbone(x).float().cpu())
+            features.append(backbone(x.contiguous(memory_format=torch.channels_last)).float().cpu())
     return torch.cat(features)
 
 

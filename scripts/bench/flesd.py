@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 
 from fedssl import run
 from fedssl.config import compose, instantiate
+from fedssl.evaluate.features import CPU_BATCH
 from fedssl.losses import cosine_distance, nt_xent
 from fedssl.models import Model, feature_dim
 
@@ -110,7 +111,7 @@ def bare_client(family: str) -> None:
         _step(nt_xent(z1, z2, 0.1), optimiser)
     model.eval()
     with torch.no_grad():
-        for size in (256,) * (PUBLIC // 256) + (PUBLIC % 256,):
+        for size in _batches(PUBLIC, CPU_BATCH):
             model.backbone(ready(size))
 
 
@@ -125,9 +126,9 @@ def bare_server(family: str) -> None:
         _step(cosine_distance(head(model.backbone(ready(BATCH))), coordinates), optimiser)
 
 
-def _batches(count: int) -> tuple[int, ...]:
-    full, rest = divmod(count, BATCH)
-    return (BATCH,) * full + ((rest,) if rest >= 2 else ())
+def _batches(count: int, size: int = BATCH) -> tuple[int, ...]:
+    full, rest = divmod(count, size)
+    return (size,) * full + ((rest,) if rest >= 2 else ())
 
 
 def _step(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
