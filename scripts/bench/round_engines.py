@@ -17,9 +17,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from fedssl.config import compose, instantiate
 from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
-from fedssl.federation.devices import Devices
 from fedssl.federation.grids.base import App
 from fedssl.federation.grids.flower_sim import FlowerSim
 from fedssl.federation.grids.in_process import InProcess
@@ -119,10 +119,7 @@ def server(task: Task, num_clients: int) -> Server:
     """Ours, with a public set of four images for its trial of every upload, and no method: nothing here is SSL."""
     pixels = np.random.default_rng(0).integers(256, size=(4, 3, 32, 32), dtype=np.uint8)
     images = ImageSet(pixels=pixels, indices=np.arange(4), labels=None, classes=(), name="noise")
-    devices = Devices(
-        uplink_mbps=1.0, downlink_mbps=1.0, latency_s=0.0, images_per_second=None, stragglers=0.0,
-        straggler_slowdown=1.0, availability=1.0, deadline_s=None,
-    )  # fmt: skip
+    devices = instantiate(compose([])["federation"]["devices"])  # nobody is slow or away
     return Server(
         seed=0,
         num_rounds=len(task.cohorts),
