@@ -62,6 +62,7 @@ ARMS = {  # by name: whose similarities, and the settings of the distillation
     "placebo": ("untrained", SHIFT),
     "best_client": ("best", SHIFT),
     "public_only": ("nobody", SHIFT),
+    "public_only_128": ("nobody", SHIFT),
     "public_only_total": ("nobody", SHIFT),
     "paper": ("trained", (*PAPER, "ensemble=none")),
     "row": ("trained", (*PAPER, "ensemble=row")),
@@ -173,6 +174,8 @@ class Study:
             )
             private = sum(len(setup.data.partitions[p]) for p in setup.data.training_partitions)
             steps, batch_size = control.effort(1, 2 * setup.local.local_epochs * private if total else 0)
+            if arm == "public_only_128":  # as many images a step as the distillation, so nearly twice the passes
+                steps, batch_size = distillation.num_steps(len(images)), distillation.batch_size
             purpose = f"public-only/{family}"
             return model, setup.server().train(
                 model, images, steps=steps, batch_size=batch_size, purpose=purpose, round_num=1
