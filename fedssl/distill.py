@@ -69,6 +69,7 @@ from fedssl.losses import (
     reverse_kl_divergence,
 )
 from fedssl.models import Model, feature_dim, move_average
+from fedssl.models.compiled import compiled
 from fedssl.seeding import generator, seeded_init
 from fedssl.train import Optimisation
 
@@ -306,6 +307,7 @@ class Distiller:
         self.device = device
         self.amp = amp
         self.student = student.to(device).train()
+        self.networks: tuple[Model, ...] = (self.student,)  # whose batches are all of one size
         self.target = target.to(device)
         self.target_temperature, self.student_temperature = distillation.temperatures(epoch=0)
         self.pixels = images.take(np.arange(n)).to(device)
@@ -328,6 +330,7 @@ class Distiller:
         self.num_views = 2 if distillation.contrastive_weight > 0 or not (self.cyclic or target.kernel) else 1
         if not target.kernel:
             self.target_encoder = self._frozen(student)
+            self.networks += (self.target_encoder,)
             self.queue = Queue(target.num_anchors if self.cyclic else distillation.queue_size)
             if distillation.warmup == "once":
                 self._fill_queue()
@@ -457,6 +460,7 @@ def distill(
     num_rounds: int,
     device: torch.device,
     amp: bool = False,
+    compile_mode: str | None = None,
     reference: Model | None = None,
 ) -> dict[str, float]:
     """Train `student` in place for one round; it ends on `device`, in eval mode and without gradients.
@@ -475,6 +479,7 @@ def distill(
         num_rounds: rounds of the run, for the schedule.
         device: where to train; the target's similarities are moved there.
         amp: bfloat16 autocast in the encoders. Logits and loss are always fp32.
+        compile_mode: how student and target encoder are compiled, see `fedssl.models.compiled`; None: not at all.
         reference: whose features the student is to keep, with the student's number of them; it is left as it is. None:
             the student's own at the start. Read only if `distillation.feature_weight` is not 0.
 
@@ -506,10 +511,11 @@ def distill(
             amp=amp,
             reference=reference,
         )
-        for epoch in range(distillation.epochs):
-            measures = distiller.epoch(epoch)
-            _check_finite(measures["loss"], epoch * len(measures["loss"]), images.name)
-            epochs.append({name: values.mean().item() for name, values in measures.items()})
+        with compiled(compile_mode, device, *distiller.networks):
+            for epoch in range(distillation.epochs):
+                measures = distiller.epoch(epoch)
+                _check_finite(measures["loss"], epoch * len(measures["loss"]), images.name)
+                epochs.append({name: values.mean().item() for name, values in measures.items()})
 
     student.eval()
     n, last = len(images), epochs[-1]

@@ -25,6 +25,7 @@ from fedssl.data.views import Views
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.methods import Method
 from fedssl.models import Model, calibrate_batch_norm
+from fedssl.models.compiled import compiled
 from fedssl.seeding import generator, seeded_init
 
 # What a strategy adds to the method's loss: (model, x1, x2) -> a scalar.
@@ -123,6 +124,7 @@ def train(
     num_rounds: int,
     device: torch.device,
     amp: bool = False,
+    compile_mode: str | None = None,
 ) -> dict[str, float]:
     """Train `model` in place; it ends on `device`, in eval mode and without gradients.
 
@@ -147,6 +149,7 @@ def train(
         num_rounds: rounds of the run, for the schedule.
         device: where to train.
         amp: bfloat16 autocast of the network; the losses' inner products stay fp32.
+        compile_mode: how the backbone is compiled, see `fedssl.models.compiled`; None: not at all.
 
     Returns:
         `loss` and `loss_first`, the means over the steps of the last and the first epoch, any penalty included;
@@ -177,10 +180,15 @@ def train(
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
 
     # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
-    with seeded_init(seed, "dropout", round_num), _last_projections(model) as projections:
+    with (
+        seeded_init(seed, "dropout", round_num),
+        _last_projections(model) as projections,
+        compiled(compile_mode, device, model, state) as step,
+    ):
         rows = torch.randperm(len(pixels), generator=generator(seed, "calibration", round_num))[:batch_size].to(device)
-        calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
-        with torch.no_grad(), autocast():
+        with step(usual=False):
+            calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
+        with torch.no_grad(), autocast(), step(usual=False):
             method.prepare(model, state, _endless_views(pixels, views, batch_sizes, seed, round_num))
         for epoch in count(1):
             losses: list[Tensor] = []  # stay on the device: reading one would wait for it
@@ -189,7 +197,7 @@ def train(
             for rows in torch.split(order[: sum(batch_sizes)], batch_sizes)[: total_steps - done]:
                 batch = pixels[rows]
                 x1, x2 = (views(batch, views_rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
-                with autocast():
+                with autocast(), step(usual=len(rows) == batch_size):
                     loss = method.loss(model, state, x1, x2)
                     if penalty is not None:
                         added = penalty(model, x1, x2)

@@ -23,6 +23,7 @@ from fedssl.federation.embedding import embed
 from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
 from fedssl.methods import Method
 from fedssl.models import Model, calibrate_batch_norm
+from fedssl.models.compiled import check_mode
 from fedssl.seeding import derive_seed, generator
 from fedssl.similarity import FactorSimilarity, collapse_measures, unit_rows
 from fedssl.train import Optimisation, Penalty, train
@@ -41,9 +42,11 @@ class LocalTraining:
     threads: int  # torch threads of a client on the CPU; part of the result
     amp: bool  # bfloat16 autocast on a GPU
     cpu_amp: bool  # the same on the CPU
+    compile: str | None  # backbones in training and distillation, see `fedssl.models.compiled`; None: not at all
     optimisation: Optimisation
 
     def __post_init__(self) -> None:
+        check_mode(self.compile)
         if self.local_epochs < 1 or self.batch_size < 2 or self.threads < 1:
             raise ConfigError(
                 "client.local_epochs and client.threads must be at least 1 and client.batch_size at least 2 "
@@ -183,6 +186,7 @@ class Client:
                 num_rounds=self.num_rounds,
                 device=self.device,
                 amp=self.local.autocast(self.device),
+                compile_mode=self.local.compile,
             )
         self.memory |= {f"{prefix}{name}": value for name, value in kept.items()}
         self.trained[family or self.family] = model
@@ -216,6 +220,7 @@ class Client:
                 num_rounds=self.num_rounds,
                 device=self.device,
                 amp=self.local.autocast(self.device),
+                compile_mode=self.local.compile,
             )
 
     def evaluate(self, model: Model) -> dict[str, float]:

@@ -222,6 +222,7 @@ class Server:
             num_rounds=self.num_rounds,
             device=self.device,
             amp=self.local.autocast(self.device),
+            compile_mode=self.local.compile,
         )
 
     def distill(
@@ -246,6 +247,7 @@ class Server:
             num_rounds=self.num_rounds,
             device=self.device,
             amp=self.local.autocast(self.device),
+            compile_mode=self.local.compile,
             reference=reference,
         )
 

@@ -39,6 +39,7 @@ class Epoch:
     batch_size: int
     device: torch.device
     amp: bool
+    compile_mode: str | None = None
 
     def ours(self) -> float:
         """Seconds of `fedssl.train.train`, of which a client's local training consists."""
@@ -58,6 +59,7 @@ class Epoch:
             num_rounds=1,
             device=self.device,
             amp=self.amp,
+            compile_mode=self.compile_mode,
         )
         _wait(self.device)
         return time.perf_counter() - started

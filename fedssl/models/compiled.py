@@ -1,0 +1,90 @@
+"""Backbones as compiled code while they train, where a run asks for it, and what happens where that is impossible.
+
+A worker compiles a family once: what is compiled depends on the code, the shapes and the mode, not on whose weights go
+in. Projectors and heads are a few matrix products and stay as they are, so hooks and methods see what they know.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+import torch.compiler
+from torch import nn
+
+from fedssl.errors import ConfigError
+from fedssl.models import Model, TargetEncoder
+
+log = logging.getLogger(__name__)
+
+MODES = ("default", "reduce-overhead")  # torch.compile's, without those that choose by trying, which differs by worker
+VARIANTS = 64  # of one forward function that a worker keeps: several families share that of torch's Sequential
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise ConfigError unless `client.compile` is null or one of `MODES`."""
+    if mode is not None and mode not in MODES:
+        raise ConfigError(f"client.compile must be null or one of {', '.join(MODES)}, got {mode!r}.")
+
+
+class Step(Protocol):
+    """What a step of a training runs in."""
+
+    def __call__(self, *, usual: bool) -> AbstractContextManager[object]:
+        """Batches of another size than `usual` are not compiled: each size would take as long as the first."""
+
+
+@contextmanager
+def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> Iterator[Step]:
+    """Inside, the backbones of all `Model`s and `TargetEncoder`s in `networks` run compiled; copies of them do not.
+
+    Results differ from those without in the last digits. What torch cannot compile runs as it is; where it can compile
+    nothing at all (no C++ compiler, no Triton), a warning says so once a process.
+
+    Args:
+        mode: of `torch.compile`, one of `MODES`; "reduce-overhead" records CUDA graphs, on the CPU it is "default".
+            None leaves all as it is.
+        device: where the networks are.
+        networks: they are changed inside, and afterwards as they were.
+    """
+    if mode is None or not _possible(device.type):
+        yield _plain
+        return
+    parts = [part for network in networks for part in network.modules() if isinstance(part, Model | TargetEncoder)]
+
+    def step(*, usual: bool) -> AbstractContextManager[object]:
+        if device.type == "cuda" and usual:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the graphs of the last step returned is read by now
+        return nullcontext() if usual else torch.compiler.set_stance("force_eager")
+
+    settings = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=VARIANTS)
+    for part in parts:
+        part.backbone.compile(mode=mode, dynamic=False)
+    try:
+        with settings:
+            yield step
+    finally:
+        for part in parts:
+            vars(part.backbone).pop("_compiled_call_impl", None)  # torch offers no way back
+
+
+def _plain(*, usual: bool) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@functools.cache
+def _possible(device: str) -> bool:
+    """Whether torch can compile anything for this kind of device."""
+    try:
+        torch.compile(torch.nn.functional.relu, dynamic=False)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever is missing, from a header to a driver
+        log.warning(
+            "client.compile: torch cannot compile for %s here, so networks run as without it: %s. It needs a C++ "
+            "compiler (g++ or clang) and, on a GPU, Triton.",
+            device,
+            " ".join(str(error).split())[:300] or type(error).__name__,
+        )
+        return False
+    return True
