@@ -156,6 +156,7 @@ def test_what_waits_at_a_worker_that_dies_is_not_blamed(grid: RayGrid, tmp_path:
     everyone = list(range(NUM_CLIENTS)) * 4
     batch = messages(grid, everyone)
     batch[0:1] = messages(grid, [0], "die_once", folder=str(tmp_path))
+    grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
     grid._seconds[1000, "train"] = 0.05  # so it starts first
     ids = grid.push_messages(batch)
     (running, waiting) = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
@@ -166,6 +167,42 @@ def test_what_waits_at_a_worker_that_dies_is_not_blamed(grid: RayGrid, tmp_path:
     assert Counter(facts(replies, "partition")) == Counter(everyone)
     (event,) = grid.pop_events()
     assert (event.kind, event.node_ids) == ("worker_died", nodes)
+
+
+def test_what_waits_behind_a_hanging_client_is_done_by_others(grid: RayGrid) -> None:
+    warm_up(grid)
+    batch = messages(grid, list(range(NUM_CLIENTS)) * 4)
+    batch[0:1] = messages(grid, [0], "sleep", seconds=5.0)
+    grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
+    grid._seconds[1000, "train"] = 0.05  # it should have been short
+    ids = grid.push_messages(batch)
+    (running, waiting) = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
+    behind = [task.message_id for task in waiting.tasks]
+    started = time.monotonic()
+    replies = []
+    while len(replies) < len(ids) - len(running.tasks) and time.monotonic() - started < 4:
+        replies += grid.pull_messages(ids)
+    answered = {reply.metadata.reply_to_message_id for reply in replies}
+    assert answered == set(ids) - {task.message_id for task in running.tasks}
+    assert answered.issuperset(behind)
+    rest = pull_all(grid, [message_id for message_id in ids if message_id not in answered])
+    assert len(rest) == len(running.tasks)
+    assert grid.pop_events() == []
+
+
+def test_nobody_waits_for_what_waits_either(grid: RayGrid) -> None:
+    """All of a hanging worker's messages are dropped; the next round is whole."""
+    warm_up(grid)
+    batch = messages(grid, list(range(NUM_CLIENTS)) * 4)
+    batch[0:1] = messages(grid, [0], "sleep", seconds=60.0)
+    grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
+    grid._seconds[1000, "train"] = 0.05
+    ids = grid.push_messages(batch)
+    assert any(len(slot.calls) == 2 for slot in grid._slots)
+    grid.forget(ids)
+    assert [event.kind for event in grid.pop_events()][:1] == ["worker_stopped"]
+    everyone = list(range(NUM_CLIENTS))
+    assert facts(grid.send_and_receive(messages(grid, everyone)), "partition") == everyone
 
 
 def test_long_messages_do_not_wait_at_a_busy_worker(grid: RayGrid) -> None:

@@ -42,6 +42,7 @@ START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
 BATCHES_PER_WORKER = 2  # a worker takes half of its share of the queue at once, so that all end together,
 SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs some ms of CPU time
+OVERDUE = 3  # times batch_seconds
 AHEAD = 2  # messages a worker that must be left in the queue for a batch to wait at a busy one
 
 
@@ -427,6 +428,7 @@ class _Call:
 
     reference: Any  # what to wait for
     tasks: list[_Task]
+    since: float = field(default_factory=time.monotonic)  # when it was given, or the one before it ended
 
 
 @dataclass(eq=False, slots=True)
@@ -573,9 +575,10 @@ class RayGrid(LocalGrid):
     def _dispatch(self) -> None:
         """Give idle workers work, first where fewest workers share the device; then what busy ones find when they end.
 
-        Only short work waits at a worker, and only while there is more for everybody: the last batches go to whoever
-        is free first.
+        Only what should be short waits at a worker, behind what should be, and only while there is more for everybody.
+        The second of two messages to one node has the state from before the first if both are under way.
         """
+        self._take_back()
         idle = [slot for slot in self._slots if not slot.calls]
         busy = Counter(slot.device for slot in self._slots if slot.tasks)
         while idle and self._queue:
@@ -588,8 +591,20 @@ class RayGrid(LocalGrid):
             if plenty and slot.loaded and len(slot.calls) == 1 and self._is_short(slot):
                 self._give(slot, self._next_batch(len(self._queue)))
 
+    def _take_back(self) -> None:
+        """Where a worker is idle, what waits behind a call that takes far longer than it should is for others.
+
+        That worker will do it nevertheless, up to `batch_seconds` of work for nobody.
+        """
+        if self._queue or all(slot.calls for slot in self._slots):
+            return
+        overdue = time.monotonic() - OVERDUE * self._settings.batch_seconds
+        for slot in self._slots:
+            if len(slot.calls) > 1 and slot.calls[0].since < overdue:
+                self._queue.extend(task for task in slot.calls.pop().tasks if task.wanted)
+
     def _is_short(self, slot: _Slot) -> bool:
-        """Whether it will surely end within `batch_seconds`, and what is next in the queue takes as little."""
+        """Whether it should end within `batch_seconds`, and what is next in the queue takes as little."""
         head, seconds = self._queue[0], self._settings.batch_seconds
         known = [self._expected(task) for task in (*slot.tasks, head)]
         return all(known) and sum(known[:-1]) <= seconds and known[-1] <= seconds and not head.alone
@@ -610,7 +625,9 @@ class RayGrid(LocalGrid):
         work = self._expected(batch[0])
         while self._queue and len(batch) < share and not (batch[0].alone or self._queue[0].alone):
             more = self._expected(self._queue[0])
-            limit = self._settings.batch_seconds if len(batch) < part else SHORT_SECONDS
+            limit = self._settings.batch_seconds
+            if len(batch) >= part:
+                limit = min(limit, SHORT_SECONDS)
             if not (work and more) or work + more > limit:  # an unknown client travels alone
                 break
             work += more
@@ -633,7 +650,10 @@ class RayGrid(LocalGrid):
             except self._ray.exceptions.RayError as error:
                 self._lost(number, error)
             else:
-                self._finished(slot, slot.calls.popleft().tasks, value)
+                done = slot.calls.popleft()
+                if slot.calls:
+                    slot.calls[0].since = time.monotonic()
+                self._finished(slot, done.tasks, value)
 
     def _name_a_full_cluster(self) -> None:
         """Warn, once, where no node has room for any worker: Ray waits for one without a word."""
