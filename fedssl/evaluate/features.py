@@ -8,7 +8,7 @@ from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.models import evaluating
 
-CPU_BATCH = 64  # images; the activations of more do not fit a core's cache, and every layer would wait for them
+CPU_BATCH = 64  # images a pass: the activations of more do not fit a core's cache, and every layer would wait for them
 
 
 def extract_features(
@@ -28,18 +28,18 @@ def extract_features(
         backbone: (b, 3, h, w) to (b, d); lives on `device`.
         images: n > 0 images.
         views: its deterministic transform is used, unless there is an `rng`.
-        batch_size: images per forward pass, on the CPU at most `CPU_BATCH`.
+        batch_size: images for which views are drawn at once; a forward pass takes as many, on the CPU `CPU_BATCH`.
         device: where the backbone computes.
         rng: a generator on `device`: the features are those of one random view of each image, drawn from it.
     """
     features = []
-    if device.type == "cpu":
-        batch_size = min(batch_size, CPU_BATCH)
+    a_pass = CPU_BATCH if device.type == "cpu" else batch_size
     with torch.no_grad(), evaluating(backbone):
         for rows in torch.split(torch.arange(len(images)), batch_size):
             pixels = images.take(rows).to(device)
             x = views.plain(pixels) if rng is None else views(pixels, rng)
-            features.append(backbone(x.contiguous(memory_format=torch.channels_last)).float().cpu())
+            for part in torch.split(x.contiguous(memory_format=torch.channels_last), a_pass):
+                features.append(backbone(part).float().cpu())
     return torch.cat(features)
 
 
