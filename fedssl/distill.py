@@ -69,7 +69,7 @@ from fedssl.losses import (
     reverse_kl_divergence,
 )
 from fedssl.models import Model, feature_dim, move_average
-from fedssl.models.compiled import compiled
+from fedssl.models.compiled import Step, compiled, plain
 from fedssl.seeding import generator, seeded_init
 from fedssl.train import Optimisation
 
@@ -335,8 +335,11 @@ class Distiller:
             if distillation.warmup == "once":
                 self._fill_queue()
 
-    def epoch(self, epoch: int) -> dict[str, Float[Tensor, " steps"]]:
-        """One pass over the public set, `epoch` counts from 0; what `step` returns for each of its gradient steps."""
+    def epoch(self, epoch: int, inside: Step = plain) -> dict[str, Float[Tensor, " steps"]]:
+        """One pass over the public set, `epoch` counts from 0; what `step` returns for each of its gradient steps.
+
+        Each batch is `inside` what `compiled` says, where networks are.
+        """
         distillation, n = self.distillation, len(self.pixels)
         target_temperature, self.student_temperature = distillation.temperatures(epoch)
         if target_temperature != self.target_temperature:
@@ -345,8 +348,12 @@ class Distiller:
         order = torch.randperm(n, generator=self.order_rng).to(self.device)
         batches = torch.split(order[: distillation.batches_per_epoch(n) * batch_size], batch_size)
         for rows in batches[:skipped]:
-            self._advance_anchors(rows, self._view(rows))
-        steps = [self.step(rows) for rows in batches[skipped:]]
+            with inside(usual=True):
+                self._advance_anchors(rows, self._view(rows))
+        steps = []
+        for rows in batches[skipped:]:
+            with inside(usual=True):
+                steps.append(self.step(rows))
         return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
     def step(self, rows: Int64[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
@@ -511,9 +518,9 @@ def distill(
             amp=amp,
             reference=reference,
         )
-        with compiled(compile_mode, device, *distiller.networks):
+        with compiled(compile_mode, device, *distiller.networks) as inside:
             for epoch in range(distillation.epochs):
-                measures = distiller.epoch(epoch)
+                measures = distiller.epoch(epoch, inside)
                 _check_finite(measures["loss"], epoch * len(measures["loss"]), images.name)
                 epochs.append({name: values.mean().item() for name, values in measures.items()})
 

@@ -2,17 +2,19 @@
 
 import copy
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from fedssl.config import compose, instantiate
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError
+from fedssl.federation.model_pool import ModelPool
 from fedssl.models import Model, compiled
 from fedssl.models.backbones import Conv4
 from fedssl.models.heads import MLP
@@ -54,7 +56,8 @@ def run(model: Model, number: int = 2 * BATCH, **changes: Any) -> dict[str, floa
 def graphs() -> Iterator[Any]:
     """How many graphs torch has compiled since the test began."""
     torch.compiler.reset()
-    assert compiled._possible("cpu"), "the tests need a C++ compiler"  # its trial is a graph, too
+    if not compiled._possible("cpu"):  # its trial is a graph, too
+        pytest.skip("no C++ compiler")
     counters = torch._dynamo.utils.counters
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
@@ -105,32 +108,50 @@ def test_where_torch_cannot_compile_training_is_the_plain_one_and_the_log_says_w
     compiled._possible.cache_clear()
     monkeypatch.setattr(torch, "compile", fails)
     plain, same = new_model(), new_model()
-    with caplog.at_level(logging.WARNING):
-        assert run(same, compile_mode="default")["loss"] == run(plain)["loss"]
-        run(new_model(), compile_mode="default")
-    compiled._possible.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert run(same, compile_mode="default")["loss"] == run(plain)["loss"]
+            run(new_model(), compile_mode="default")
+    finally:
+        compiled._possible.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
     assert caplog.text.count("no C++ compiler found") == 1
 
 
-class Untraceable(nn.Module):
-    """A backbone that torch's compiler fails on."""
+FAILING = """
+from typing import Any
+import torch
+from torch._inductor.graph import GraphLowering
+from tests.test_compiled import new_model, run
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean of each channel, by way of something no graph can hold."""
-        return _opaque(x).mean(dim=(2, 3))
+compile_to_module = GraphLowering.compile_to_module
+
+def fails(lowering: Any) -> Any:
+    if lowering.is_backward:
+        print("failed")
+        raise RuntimeError("the compiler crashed")
+    return compile_to_module(lowering)
+
+GraphLowering.compile_to_module = fails
+with torch._inductor.config.patch(force_disable_caches=True):
+    measured = run(new_model(), compile_mode="default")
+assert measured["loss"] == run(new_model())["loss"]
+"""
 
 
-def _opaque(x: Tensor) -> Tensor:
-    return torch.from_numpy(x.detach().numpy().copy()) * 0 + x
+def test_a_network_whose_backward_pass_the_compiler_fails_on_trains_all_the_same(graphs: Any) -> None:
+    """In a process of its own: torch does not try again what has failed there."""
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "failed" in done.stdout
 
 
-def test_a_backbone_that_no_graph_can_hold_trains_all_the_same(graphs: Any) -> None:
-    def model() -> Model:
-        with seeded_init(0, "test"):
-            return Model(Untraceable(), MLP(in_dim=3, hidden_dim=None, out_dim=8, batch_norm=False))
-
-    assert run(model(), compile_mode="default")["loss"] == pytest.approx(run(model())["loss"], rel=1e-5)
+def test_a_compiled_model_is_as_new_after_its_reset(graphs: Any) -> None:
+    pool = ModelPool(lambda family: new_model())
+    model = pool("conv4")
+    run(model, compile_mode="default")
+    pool.take_back()
+    assert pool("conv4") is model
 
 
 def test_a_mode_that_is_none_is_refused() -> None:

@@ -7,8 +7,8 @@ in. Projectors and heads are a few matrix products and stay as they are, so hook
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.compiler
@@ -29,6 +29,7 @@ def check_mode(mode: str | None) -> None:
         raise ConfigError(f"client.compile must be null or one of {', '.join(MODES)}, got {mode!r}.")
 
 
+@runtime_checkable
 class Step(Protocol):
     """What a step of a training runs in."""
 
@@ -40,17 +41,17 @@ class Step(Protocol):
 def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> Iterator[Step]:
     """Inside, the backbones of all `Model`s and `TargetEncoder`s in `networks` run compiled; copies of them do not.
 
-    Results differ from those without in the last digits. What torch cannot compile runs as it is; where it can compile
-    nothing at all (no C++ compiler, no Triton), a warning says so once a process.
+    Draws are the same, results differ from those without in the last digits. What torch cannot compile runs as it is;
+    where it can compile nothing at all (no C++ compiler, no Triton), a warning says so once a process.
 
     Args:
-        mode: of `torch.compile`, one of `MODES`; "reduce-overhead" records CUDA graphs, on the CPU it is "default".
-            None leaves all as it is.
+        mode: of `torch.compile`, one of `MODES`; "reduce-overhead" records CUDA graphs of what trains, whose weights a
+            worker keeps where they are; on the CPU it is "default". None leaves all as it is.
         device: where the networks are.
         networks: they are changed inside, and afterwards as they were.
     """
     if mode is None or not _possible(device.type):
-        yield _plain
+        yield plain
         return
     parts = [part for network in networks for part in network.modules() if isinstance(part, Model | TargetEncoder)]
 
@@ -59,19 +60,34 @@ def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> It
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the graphs of the last step returned is read by now
         return nullcontext() if usual else torch.compiler.set_stance("force_eager")
 
-    settings = torch._dynamo.config.patch(suppress_errors=True, recompile_limit=VARIANTS)
-    for part in parts:
-        part.backbone.compile(mode=mode, dynamic=False)
     try:
-        with settings:
+        for part in parts:
+            trains = any(parameter.requires_grad for parameter in part.parameters())
+            part.backbone.compile(mode=mode if trains else "default", dynamic=False)
+        with _settings():
             yield step
     finally:
         for part in parts:
             vars(part.backbone).pop("_compiled_call_impl", None)  # torch offers no way back
 
 
-def _plain(*, usual: bool) -> AbstractContextManager[object]:
+def plain(*, usual: bool) -> AbstractContextManager[object]:
+    """A `Step` where nothing is compiled."""
     return nullcontext()
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Failures to compile, of the backward pass too, leave a network as it is; random draws are those without."""
+    wanted: dict[Any, dict[str, object]] = {
+        torch._dynamo.config: {"suppress_errors": True, "recompile_limit": VARIANTS},
+        torch._functorch.config: {"force_non_lazy_backward_lowering": True},
+        torch._inductor.config: {"fallback_random": True},
+    }
+    with ExitStack() as patches:
+        for config, values in wanted.items():
+            patches.enter_context(config.patch({k: v for k, v in values.items() if hasattr(config, k)}))  # as torch has
+        yield
 
 
 @functools.cache
