@@ -53,6 +53,7 @@ class Introduction:
 Roster = Mapping[int, Member]  # by partition id, ascending
 
 _rosters: "WeakKeyDictionary[Grid, Roster]" = WeakKeyDictionary()
+_by_node: "WeakKeyDictionary[Grid, Mapping[int, Member]]" = WeakKeyDictionary()
 
 
 def ask_roster(grid: Grid) -> Roster:
@@ -70,9 +71,17 @@ def ask_roster(grid: Grid) -> Roster:
     return _rosters[grid]
 
 
+def by_node(grid: Grid) -> Mapping[int, Member]:
+    """The same by node id, made once: a round's cost does not depend on how many are registered."""
+    if grid not in _by_node:
+        _by_node[grid] = {member.node_id: member for member in ask_roster(grid).values()}
+    return _by_node[grid]
+
+
 def introduce(grid: Grid, members: Iterable[Member]) -> None:
     """Say who the nodes of `grid` are, where that is known already; `ask_roster` then asks nobody."""
     _rosters[grid] = {member.partition_id: member for member in sorted(members, key=lambda m: m.partition_id)}
+    _by_node.pop(grid, None)
 
 
 def _member(reply: Message) -> Member:

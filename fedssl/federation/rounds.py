@@ -19,7 +19,7 @@ from fedssl.errors import PayloadError, TooFewRepliesError
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from fedssl.federation.records import Upload, family_state, load_state, num_bytes
 from fedssl.federation.replies import KeptReplies
-from fedssl.federation.roster import Member, ask_roster
+from fedssl.federation.roster import Member, ask_roster, by_node
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.tracking import Progress, Tracker
@@ -100,7 +100,7 @@ def gather(
     gathered = Gathered()
     if not messages:
         return gathered
-    members = {member.node_id: member for member in ask_roster(grid).values()}
+    members = by_node(grid)
     deadline = None if timeout is None else time.monotonic() + timeout
     gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
     usable: dict[int, Message] = {}
