@@ -7,6 +7,7 @@ draws benchmarks/scale.png from a result.
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SIDE = 8  # pixels
 IMAGES = 5  # of a client
 ROUNDS = 50
 WARM = 10  # rounds before memory is flat: imports, caches, allocator
-CASES = ((10_000, 100), (10_000, 50), (10_000, 200), (1_000, 100))  # registered clients, cohort; memory of the first
+CASES = ((10_000, 100), (10_000, 50), (10_000, 200), (1_000, 100), (100_000, 100))  # registered clients, cohort
 GROWTH_MB = 20.0  # of the server's process from round 10 to 50
 LINEAR = 1.25  # cost per client with a cohort of 200 over that with 50
 REGISTERED = 1.25  # cost of a round with 10,000 registered over one with 1,000
@@ -50,23 +51,29 @@ def one_run(registered: int, cohort: int) -> dict[str, Any]:
         rows = map(json.loads, (root / "run" / "metrics.jsonl").read_text().splitlines())
         servers = [row["metrics"] for row in rows if row["scope"] == "server"]
     seconds = [row["seconds"] - row["seconds_evaluation"] for row in servers]
-    return {"seconds": seconds, "private_mb": sampled.by_round}
+    return {"seconds": seconds, "private_mb": sampled.private_mb, "server_cpu_s": sampled.cpu_s}
 
 
 class Sampled(Peak):
-    """The process's private memory as each round's row is written, in MB."""
+    """The process's private memory in MB, and the seconds of CPU it has taken, as each round's row is written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.by_round: list[float] = []
+        self.private_mb: list[float] = []
+        self.cpu_s: list[float] = []
 
     def run(self) -> None:
         """Sample until `stop`."""
         while not self._stopped.wait(0.05):
-            written = self.path.read_text().count('"scope": "server"') if self.path.exists() else 0
-            if written > len(self.by_round):
-                self.by_round += [private_bytes() / 1e6] * (written - len(self.by_round))
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        written = self.path.read_text().count('"scope": "server"') if self.path.exists() else 0
+        new = written - len(self.private_mb)
+        self.private_mb += [private_bytes() / 1e6] * new
+        self.cpu_s += [time.process_time()] * new
 
 
 def scale() -> Result:
@@ -91,9 +98,17 @@ def scale() -> Result:
         "rounds": ROUNDS,
         "runs": runs,
         "medians": medians,
-        "ms_per_client": {name: 1000 * seconds / int(name.split("/")[1]) for name, seconds in medians.items()},
+        "ms_per_client": {name: 1000 * seconds / _cohort(name) for name, seconds in medians.items()},
+        "server_cpu_ms_per_client": {
+            name: 1000 * (one["server_cpu_s"][-1] - one["server_cpu_s"][WARM]) / (ROUNDS - 1 - WARM) / _cohort(name)
+            for name, one in runs.items()
+        },
     }
     return figures, bars
+
+
+def _cohort(case: str) -> int:
+    return int(case.split("/")[1])
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
@@ -102,7 +117,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for registered, marker in (("10000", "o"), ("1000", "s")):
+    for registered, marker in (("10000", "o"), ("1000", "s"), ("100000", "^")):
         points = sorted(
             (int(n.split("/")[1]), s) for n, s in figures["medians"].items() if n.split("/")[0] == registered
         )
