@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fedssl.config import CONFIG_NAME, compose, conf_dir, message_of, resolve, unread
+from fedssl.environment import set_defaults
 from fedssl.errors import ConfigError
 from fedssl.outcome import BAD_INPUT, INTERRUPTED, OK, finish, outcome_of, print_summary, run, write_report
 from fedssl.resuming import apply, resumed, saved_config
@@ -34,10 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     sys.path.append(str(Path.cwd()))  # a user's own modules, as `python -m fedssl` finds them
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; we print it
-    for name in ("RAY_USAGE_STATS_ENABLED", "FLWR_TELEMETRY_ENABLED"):
-        os.environ.setdefault(name, "0")
-    # Threads that wait for each other must not spin: on cores that others use too, a step takes ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_defaults()
     special = {key: _value(arguments, key) for key in ("resume", "replay.run", "replay.round", "replay.partition")}
     for key, value in special.items():
         if value == "":

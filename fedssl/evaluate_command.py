@@ -6,7 +6,6 @@ beside the package `fedssl.evaluate`, as that imports torch, which --help need n
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedssl.config import EVALUATION_NAME, compose_evaluation, conf_dir, fill_in, instantiate
+from fedssl.environment import set_defaults
 from fedssl.errors import ConfigError, FedSSLError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ labels, logistic) and:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     sys.path.append(str(Path.cwd()))  # a user's own modules, as `fedssl` finds them
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `fedssl`, and before torch is imported
+    set_defaults()
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _evaluate(arguments.run, arguments.overrides, arguments.config_dir, arguments.out)

@@ -18,11 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP_NUM_THREADS="1")
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command sets it
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # on a machine where fedssl is not installed
+
 BENCHMARKS = (
     "overhead", "views", "train", "compiled", "round", "upload", "distill", "memory", "probe", "flesd", "scale",
     "deploy",
@@ -58,9 +56,13 @@ def commit() -> str:
 
 
 def main() -> int:
+    from fedssl.environment import set_defaults
+
     parser = argparse.ArgumentParser(description="Measure what fedssl promises about its speed.")
     parser.add_argument("name", choices=BENCHMARKS)
     name = parser.parse_args().name
+    set_defaults()
+    os.environ["OMP_NUM_THREADS"] = "1"
     before = hardware()  # the load, too, is the one before our own
     figures, bars = getattr(importlib.import_module(f"bench.{name}"), name)()
     result = {

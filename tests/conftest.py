@@ -10,11 +10,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the backgro
 cache = tempfile.mkdtemp(prefix="fedssl-tests-")  # decoded images; processes that tests start share it
 atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["FEDSSL_CACHE"] = cache
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command sets it
-os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
 from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401  # the hook looks it up by name
 
 install_import_hook(["fedssl", "strategies"], "tests.typechecker.check")
+
+from fedssl.environment import DEFAULTS
+
+os.environ.update(DEFAULTS)

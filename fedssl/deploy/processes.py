@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedssl.environment import DEFAULTS
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 
@@ -82,20 +83,14 @@ def environment(home: Path, bin_dir: Path | None = None) -> dict[str, str]:
     own = str(Path(sys.executable).parent)
     path = os.pathsep.join(filter(None, [str(bin_dir) if bin_dir else "", own, os.environ.get("PATH", "")]))
     python_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    defaults = {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds; Flower's own default is 1
-    }
+    poll = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}  # seconds; Flower's own default is 1
     forced = {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": path,
         "PYTHONPATH": python_path,
     }
-    return {**defaults, **os.environ, **forced}
+    return {**DEFAULTS, **poll, **os.environ, **forced}
 
 
 def family_tree(pid: int) -> list[int]:
