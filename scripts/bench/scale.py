@@ -1,7 +1,7 @@
 """Many registered clients and a small cohort: what a round costs, and whether memory grows from round to round.
 
-Whole runs of FedAvg on Ray with a tiny network, so that what is measured is the framework. `--plot` of this module
-draws benchmarks/scale.png from a result.
+Whole runs of FedAvg on Ray with a tiny network, so that what is measured is the framework. Called by itself, this
+module draws benchmarks/scale.png from a result.
 """
 
 import json
@@ -134,5 +134,5 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":  # python scripts/bench/scale.py RESULT.json OUT.png
+if __name__ == "__main__":  # PYTHONPATH=scripts:. python scripts/bench/scale.py RESULT.json OUT.png
     plot(json.loads(Path(sys.argv[1]).read_text())["figures"], Path(sys.argv[2]))
