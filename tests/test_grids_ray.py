@@ -150,33 +150,32 @@ def pull_all(grid: RayGrid, ids: list[str]) -> list[Message]:
     return replies
 
 
-def test_what_waits_at_a_worker_that_dies_is_not_blamed(grid: RayGrid, tmp_path: Path) -> None:
-    """A busy worker has its next batch already; only the one it worked on is named, and all are answered."""
+def push_many(grid: RayGrid, action: str, **header: float | str) -> tuple[list[str], Any, Any]:
+    """Four short messages a client, the first does `action`: their ids, its worker's batch and the next one."""
     warm_up(grid)
-    everyone = list(range(NUM_CLIENTS)) * 4
-    batch = messages(grid, everyone)
-    batch[0:1] = messages(grid, [0], "die_once", folder=str(tmp_path))
+    batch = messages(grid, list(range(NUM_CLIENTS)) * 4)
+    batch[0:1] = messages(grid, [0], action, **header)
     grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
     grid._seconds[1000, "train"] = 0.05  # so it starts first
     ids = grid.push_messages(batch)
-    (running, waiting) = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
+    running, waiting = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
+    return ids, running, waiting
+
+
+def test_what_waits_at_a_worker_that_dies_is_not_blamed(grid: RayGrid, tmp_path: Path) -> None:
+    """A busy worker has its next batch already; only the one it worked on is named, and all are answered."""
+    ids, running, waiting = push_many(grid, "die_once", folder=str(tmp_path))
     nodes = tuple(task.node_id for task in running.tasks)
     assert nodes[0] == 1000
     assert waiting.tasks
     replies = pull_all(grid, ids)
-    assert Counter(facts(replies, "partition")) == Counter(everyone)
+    assert Counter(facts(replies, "partition")) == Counter(list(range(NUM_CLIENTS)) * 4)
     (event,) = grid.pop_events()
     assert (event.kind, event.node_ids) == ("worker_died", nodes)
 
 
 def test_what_waits_behind_a_hanging_client_is_done_by_others(grid: RayGrid) -> None:
-    warm_up(grid)
-    batch = messages(grid, list(range(NUM_CLIENTS)) * 4)
-    batch[0:1] = messages(grid, [0], "sleep", seconds=5.0)
-    grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
-    grid._seconds[1000, "train"] = 0.05  # it should have been short
-    ids = grid.push_messages(batch)
-    (running, waiting) = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
+    ids, running, waiting = push_many(grid, "sleep", seconds=5.0)
     behind = [task.message_id for task in waiting.tasks]
     started = time.monotonic()
     replies = []
@@ -192,13 +191,8 @@ def test_what_waits_behind_a_hanging_client_is_done_by_others(grid: RayGrid) -> 
 
 def test_nobody_waits_for_what_waits_either(grid: RayGrid) -> None:
     """All of a hanging worker's messages are dropped; the next round is whole."""
-    warm_up(grid)
-    batch = messages(grid, list(range(NUM_CLIENTS)) * 4)
-    batch[0:1] = messages(grid, [0], "sleep", seconds=60.0)
-    grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
-    grid._seconds[1000, "train"] = 0.05
-    ids = grid.push_messages(batch)
-    assert any(len(slot.calls) == 2 for slot in grid._slots)
+    ids, _, waiting = push_many(grid, "sleep", seconds=60.0)
+    assert waiting.tasks
     grid.forget(ids)
     assert [event.kind for event in grid.pop_events()][:1] == ["worker_stopped"]
     everyone = list(range(NUM_CLIENTS))

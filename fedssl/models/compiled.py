@@ -56,8 +56,8 @@ def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> It
     parts = [part for network in networks for part in network.modules() if isinstance(part, Model | TargetEncoder)]
 
     def step(*, usual: bool) -> AbstractContextManager[object]:
-        if device.type == "cuda" and usual:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the graphs of the last step returned is read by now
+        if device.type == "cuda" and usual:  # what the graphs of the last step returned is read by now
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return nullcontext() if usual else torch.compiler.set_stance("force_eager")
 
     try:

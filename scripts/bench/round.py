@@ -33,7 +33,7 @@ def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
         folder = os.environ.get("FEDSSL_PEERS")
         home = Path(folder or "", peer).absolute()
         if folder is None or not (home / "complete").exists():
-            missing[peer] = "FEDSSL_PEERS is not set" if folder is None else f"not in FEDSSL_PEERS={folder}"
+            missing[peer] = "FEDSSL_PEERS is not set" if folder is None else "not in the folder of FEDSSL_PEERS"
             continue
         script = str(HERE / "peers" / f"{peer}_round.py")
         for engine in dict.fromkeys(engines):
