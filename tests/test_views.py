@@ -529,14 +529,15 @@ def test_shifts_that_are_none_are_refused(wrong: dict[str, Any], message: str) -
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize(("choice", "overrides"), KINDS)
 def test_gpu_needs_no_synchronisation_and_agrees(choice: str, overrides: dict[str, Any]) -> None:
     views = from_yaml(choice, **overrides)
     images = noise_images(64, 16).cuda()
     generator = torch.Generator("cuda").manual_seed(0)
     views(images, generator)  # constants reach the device once
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         views(images, generator)
     finally:
         torch.cuda.set_sync_debug_mode("default")

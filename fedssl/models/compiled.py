@@ -8,11 +8,12 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.compiler
-from torch import nn
+from torch import Tensor, nn
 
 from fedssl.errors import ConfigError
 from fedssl.models import Model, TargetEncoder
@@ -63,12 +64,19 @@ def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> It
     try:
         for part in parts:
             trains = any(parameter.requires_grad for parameter in part.parameters())
-            part.backbone.compile(mode=mode if trains else "default", dynamic=False)
+            call = torch.compile(MethodType(_call, part.backbone), mode=mode if trains else "default", dynamic=False)
+            vars(part.backbone)["_compiled_call_impl"] = call
         with _settings():
             yield step
     finally:
         for part in parts:
             vars(part.backbone).pop("_compiled_call_impl", None)  # torch offers no way back
+
+
+def _call(network: nn.Module, x: Tensor) -> Tensor:
+    """What `nn.Module.compile` compiles, in a frame of ours: torch 2.11 and older skip those of its own Sequential."""
+    features: Tensor = network._call_impl(x)  # type: ignore[no-untyped-call]
+    return features
 
 
 def plain(*, usual: bool) -> AbstractContextManager[object]:
