@@ -18,7 +18,7 @@ class Queue:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._pushed = 0
+        self._pushed = 0  # as Python counts: of a step that is replayed only the recording
 
     @property
     def keys(self) -> Float[Tensor, "k d"]:
@@ -37,9 +37,11 @@ class Queue:
         if self._pushed == 0:
             self._keys = keys.new_zeros(self.size, keys.shape[1])
             self._indices = indices.new_zeros(self.size)
+            self._next = indices.new_zeros(())  # slot of the oldest
         slots = self._oldest(len(keys))
         self._keys[slots] = keys
         self._indices[slots] = indices
+        self._next.add_(len(keys)).remainder_(self.size)
         self._pushed += len(keys)
 
     def oldest(self, count: int) -> Int64[Tensor, " count"]:
@@ -48,7 +50,7 @@ class Queue:
 
     def _oldest(self, count: int) -> Int64[Tensor, " count"]:
         assert count <= self.size, f"{count} keys do not fit a queue of {self.size}"
-        return (self._pushed + torch.arange(count, device=self._indices.device)) % self.size
+        return (self._next + torch.arange(count, device=self._indices.device)) % self.size
 
 
 class EmbeddingQueue(nn.Module):
@@ -73,10 +75,14 @@ class EmbeddingQueue(nn.Module):
         return len(self.rows)
 
     def push(self, embeddings: Float[Tensor, "b d"]) -> None:
-        """Append a batch in float32, without its gradient. `rows` becomes another tensor: a graph may hold the old."""
+        """Append a batch in float32, without its gradient. `rows` is another tensor until it is full."""
         new = embeddings.detach().float()
         kept = self.rows if len(self) else new[:0]
-        self.rows = torch.cat([kept, new])[max(0, len(kept) + len(new) - self.size) :]
+        rows = torch.cat([kept, new])[max(0, len(kept) + len(new) - self.size) :]
+        if rows.shape == self.rows.shape:
+            self.rows.copy_(rows)
+        else:
+            self.rows = rows
 
 
 def _take_shape(queue: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

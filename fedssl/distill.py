@@ -53,6 +53,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fedssl.anchors import Queue, filling_order
+from fedssl.cuda_graph import Replayed
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.ensemble import EnsembleTarget, Target, check_temperature
@@ -192,6 +193,11 @@ class Distillation:
             linear(self.student_temperature, self.student_temperature_end),
         )
 
+    @property
+    def changes_temperature(self) -> bool:
+        """Whether one epoch has another temperature than the next."""
+        return self.target_temperature_end is not None or self.student_temperature_end is not None
+
     def batches_per_epoch(self, n: int) -> int:
         """Batches in one pass over n public images; the last partial one is dropped unless it is the only."""
         return max(1, n // self.batch_size)
@@ -295,6 +301,7 @@ class Distiller:
         num_rounds: int,
         device: torch.device,
         amp: bool = False,
+        cuda_graphs: bool = False,
         reference: Model | None = None,
     ) -> None:
         n = len(images)
@@ -314,11 +321,13 @@ class Distiller:
         self.head: nn.Module | None = None
         if distillation.loss == "coordinates":
             self.coordinates, self.head = self._regression(target, generator(seed, "coordinates", round_num))
+        replays = cuda_graphs and device.type == "cuda" and not distillation.changes_temperature
         self.optimiser, self.schedule = distillation.optimisation.build(
             [*student.parameters(), *(self.head.parameters() if self.head else ())],
             total_steps=distillation.num_steps(n),
             round_num=round_num,
             num_rounds=num_rounds,
+            recorded=replays,
         )
         self.views = distillation.views or views
         self.order_rng = generator(seed, "distillation order", round_num)
@@ -334,6 +343,14 @@ class Distiller:
             self.queue = Queue(target.num_anchors if self.cyclic else distillation.queue_size)
             if distillation.warmup == "once":
                 self._fill_queue()
+        self._take_or_replay = Replayed(
+            self._take,
+            batch_size=min(distillation.batch_size, n),
+            networks=self.networks,
+            generators=(self.views_rng,),
+            device=device,
+            wanted=replays,
+        )
 
     def epoch(self, epoch: int, inside: Step = plain) -> dict[str, Float[Tensor, " steps"]]:
         """One pass over the public set, `epoch` counts from 0; what `step` returns for each of its gradient steps.
@@ -364,6 +381,11 @@ class Distiller:
             are anchors, `cross_entropy` and `target_entropy`; where they have a weight, `contrastive_loss` and
             `feature_distance`.
         """
+        measures = self._take_or_replay(rows)
+        self.schedule.step()
+        return measures
+
+    def _take(self, rows: Int64[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         distillation, b = self.distillation, len(rows)
         contrastive = distillation.contrastive_weight > 0
         views = [self._view(rows) for _ in range(self.num_views)]
@@ -383,7 +405,6 @@ class Distiller:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.schedule.step()
         if not distillation.own_key:
             self._advance_anchors(rows, views[-1])
         return {name: value.detach() for name, value in {"loss": loss, **measures}.items()}
@@ -468,6 +489,7 @@ def distill(
     device: torch.device,
     amp: bool = False,
     compile_mode: str | None = None,
+    cuda_graphs: bool = False,
     reference: Model | None = None,
 ) -> dict[str, float]:
     """Train `student` in place for one round; it ends on `device`, in eval mode and without gradients.
@@ -487,6 +509,7 @@ def distill(
         device: where to train; the target's similarities are moved there.
         amp: bfloat16 autocast in the encoders. Logits and loss are always fp32.
         compile_mode: how student and target encoder are compiled, see `fedssl.models.compiled`; None: not at all.
+        cuda_graphs: on a GPU, replay one recorded step where that is possible, see `fedssl.cuda_graph`.
         reference: whose features the student is to keep, with the student's number of them; it is left as it is. None:
             the student's own at the start. Read only if `distillation.feature_weight` is not 0.
 
@@ -516,6 +539,7 @@ def distill(
             num_rounds=num_rounds,
             device=device,
             amp=amp,
+            cuda_graphs=cuda_graphs,
             reference=reference,
         )
         with compiled(compile_mode, device, *distiller.networks) as inside:

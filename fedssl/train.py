@@ -15,11 +15,12 @@ from itertools import count
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from fedssl.cuda_graph import Replayed
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.errors import ConfigError, FedSSLError
@@ -87,17 +88,31 @@ class Optimisation:
         return peak
 
     def build(
-        self, parameters: Iterable[nn.Parameter], *, total_steps: int, round_num: int, num_rounds: int
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        total_steps: int,
+        round_num: int,
+        num_rounds: int,
+        recorded: bool = False,
     ) -> tuple[Optimizer, LRScheduler]:
-        """A fresh optimiser and its schedule, to be stepped together; arguments as for `learning_rate`."""
+        """A fresh optimiser and its schedule, to be stepped together; other arguments as for `learning_rate`.
+
+        Args:
+            parameters: those that need gradients are optimised.
+            recorded: whether its steps may be replayed (`fedssl.cuda_graph`); then the rate lies on the device.
+        """
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)  # one kernel for all weights
+        lr = torch.tensor(self.lr, device=trained[0].device) if recorded else self.lr
         optimiser: Optimizer
         if self.optimiser == "adam":
-            optimiser = torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+            optimiser = torch.optim.Adam(
+                trained, lr=lr, weight_decay=self.weight_decay, fused=fused, capturable=recorded
+            )
         else:
             optimiser = torch.optim.SGD(
-                trained, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused
+                trained, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused
             )
 
         def share(step: int) -> float:
@@ -125,6 +140,7 @@ def train(
     device: torch.device,
     amp: bool = False,
     compile_mode: str | None = None,
+    cuda_graphs: bool = False,
 ) -> dict[str, float]:
     """Train `model` in place; it ends on `device`, in eval mode and without gradients.
 
@@ -150,6 +166,7 @@ def train(
         device: where to train.
         amp: bfloat16 autocast of the network; the losses' inner products stay fp32.
         compile_mode: how the backbone is compiled, see `fedssl.models.compiled`; None: not at all.
+        cuda_graphs: on a GPU, replay one recorded step where that is possible, see `fedssl.cuda_graph`.
 
     Returns:
         `loss` and `loss_first`, the means over the steps of the last and the first epoch, any penalty included;
@@ -169,8 +186,9 @@ def train(
     state = method.new_state(model).to(device).train()
     if memory:
         state.load_state_dict(memory)
+    replays = cuda_graphs and device.type == "cuda"
     optimiser, schedule = optimisation.build(
-        model.parameters(), total_steps=total_steps, round_num=round_num, num_rounds=num_rounds
+        model.parameters(), total_steps=total_steps, round_num=round_num, num_rounds=num_rounds, recorded=replays
     )
     pixels = images.take(np.arange(len(images))).to(device)
     order_rng = generator(seed, "order", round_num)
@@ -178,6 +196,23 @@ def train(
     epoch_losses: list[float] = []
     image_passes = done = 0
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
+
+    def take(rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
+        """One step on the images `rows`; what it measures stays on the device, for reading one would wait for it."""
+        batch = pixels[rows]
+        x1, x2 = (views(batch, views_rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        measures = {}
+        with autocast(), step(usual=len(rows) == batch_size):
+            loss = method.loss(model, state, x1, x2)
+            if penalty is not None:
+                added = penalty(model, x1, x2)
+                measures["penalty"] = added.detach()
+                loss = loss + added
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        optimiser.zero_grad()
+        method.after_step(model, state)
+        return {"loss": loss.detach(), **measures}
 
     # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
     with (
@@ -190,28 +225,25 @@ def train(
             calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
         with torch.no_grad(), autocast(), step(usual=False):
             method.prepare(model, state, _endless_views(pixels, views, batch_sizes, seed, round_num))
+        take_or_replay = Replayed(
+            take,
+            batch_size=batch_sizes[0],
+            networks=(model, state),
+            generators=(views_rng,),
+            device=device,
+            wanted=replays,
+        )
         for epoch in count(1):
-            losses: list[Tensor] = []  # stay on the device: reading one would wait for it
-            penalties: list[Tensor] = []
+            taken: list[dict[str, Tensor]] = []
             order = torch.randperm(len(pixels), generator=order_rng).to(device)
             for rows in torch.split(order[: sum(batch_sizes)], batch_sizes)[: total_steps - done]:
-                batch = pixels[rows]
-                x1, x2 = (views(batch, views_rng).contiguous(memory_format=torch.channels_last) for _ in range(2))
-                with autocast(), step(usual=len(rows) == batch_size):
-                    loss = method.loss(model, state, x1, x2)
-                    if penalty is not None:
-                        added = penalty(model, x1, x2)
-                        penalties.append(added.detach())
-                        loss = loss + added
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                optimiser.zero_grad()
+                taken.append(take_or_replay(rows))
                 schedule.step()
-                method.after_step(model, state)
-                losses.append(loss.detach())
                 image_passes += 2 * len(rows)
-            epoch_losses.append(_mean_loss(losses, done, epoch, optimisation, images.name))
-            done += len(losses)
+            epoch_losses.append(
+                _mean_loss([measures["loss"] for measures in taken], done, epoch, optimisation, images.name)
+            )
+            done += len(taken)
             if done == total_steps:
                 break
 
@@ -227,8 +259,8 @@ def train(
     }
     if projections:
         metrics["projection_std"] = _spread(projections[0])
-    if penalties:
-        metrics["penalty"] = float(torch.stack(penalties).mean())
+    if penalty is not None:
+        metrics["penalty"] = float(torch.stack([measures["penalty"] for measures in taken]).mean())
     return metrics
 
 

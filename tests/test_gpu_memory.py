@@ -9,6 +9,7 @@ import torch
 
 import fedssl
 from fedssl.errors import ConfigError
+from fedssl.cuda_graph import ORDINARY
 from fedssl.federation import client, gpu_memory
 from fedssl.federation.gpu_memory import measure
 from fedssl.federation.grids.in_process import InProcessGrid
@@ -22,7 +23,7 @@ def test_without_a_gpu_there_is_nothing_to_measure() -> None:
         measure(setup, setup.build_model)
 
 
-def test_two_steps_of_the_runs_batch_size_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_the_runs_batch_size_are_trained_until_one_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(small(None))
     seen: list[Any] = []
     train = client.train
@@ -35,7 +36,7 @@ def test_two_steps_of_the_runs_batch_size_are_trained(monkeypatch: pytest.Monkey
     monkeypatch.setattr(client, "train", spy)
     for family in FAMILIES:
         gpu_memory._train_a_batch(setup, setup.build_model, family)
-    assert seen == [(8, 8, 2.0, "Conv4"), (8, 8, 2.0, "Conv4"), (8, 8, 2.0, "Tiny")]
+    assert seen == [(8, 8, float(ORDINARY + 2), network) for network in ("Conv4", "Conv4", "Tiny")]
 
 
 def test_a_peak_is_what_torch_reserved_and_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

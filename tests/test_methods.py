@@ -204,7 +204,7 @@ def test_mocos_key_encoder_follows_and_no_gradient_reaches_it() -> None:
     state = method.new_state(model)
     x = torch.randn(2, 6, 3, 2, 2)
     method.prepare(model, state, itertools.cycle(x))
-    queue, start = state.queue.rows, copy.deepcopy(model.projector)
+    queue, start = state.queue.rows.clone(), copy.deepcopy(model.projector)
     method.loss(model, state, x[0], x[1]).backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in state.parameters())
     z = start(x[0].flatten(1))

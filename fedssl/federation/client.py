@@ -43,6 +43,7 @@ class LocalTraining:
     amp: bool  # bfloat16 autocast on a GPU
     cpu_amp: bool  # the same on the CPU
     compile: str | None  # backbones in training and distillation, see `fedssl.models.compiled`; None: not at all
+    cuda_graphs: bool  # replay recorded steps of both on a GPU, see `fedssl.cuda_graph`
     optimisation: Optimisation
 
     def __post_init__(self) -> None:
@@ -187,6 +188,7 @@ class Client:
                 device=self.device,
                 amp=self.local.autocast(self.device),
                 compile_mode=self.local.compile,
+                cuda_graphs=self.local.cuda_graphs,
             )
         self.memory |= {f"{prefix}{name}": value for name, value in kept.items()}
         self.trained[family or self.family] = model
@@ -221,6 +223,7 @@ class Client:
                 device=self.device,
                 amp=self.local.autocast(self.device),
                 compile_mode=self.local.compile,
+                cuda_graphs=self.local.cuda_graphs,
             )
 
     def evaluate(self, model: Model) -> dict[str, float]:

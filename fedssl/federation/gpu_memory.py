@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fedssl.cuda_graph import ORDINARY
 from fedssl.errors import ConfigError
 from fedssl.federation.setup import Setup
 from fedssl.models import Model
 
 FREE = "import torch; print(torch.cuda.mem_get_info()[0])"
-STEPS = 2  # the second has the optimiser's state beside its activations
+STEPS = ORDINARY + 2  # two with the optimiser's state beside their activations, and two of a recording
 
 
 def measure(setup: Setup, build_model: Callable[[str], Model]) -> dict[str, int]:

@@ -223,6 +223,7 @@ class Server:
             device=self.device,
             amp=self.local.autocast(self.device),
             compile_mode=self.local.compile,
+            cuda_graphs=self.local.cuda_graphs,
         )
 
     def distill(
@@ -248,6 +249,7 @@ class Server:
             device=self.device,
             amp=self.local.autocast(self.device),
             compile_mode=self.local.compile,
+            cuda_graphs=self.local.cuda_graphs,
             reference=reference,
         )
 

@@ -20,7 +20,7 @@ from fedssl.models import Model, TargetEncoder
 
 log = logging.getLogger(__name__)
 
-MODES = ("default", "reduce-overhead")  # torch.compile's, without those that choose by trying, which differs by worker
+MODES = ("default",)  # of torch.compile's: others choose by trying, which differs by worker, or record what we do
 VARIANTS = 64  # of one forward function that a worker keeps: several families share that of torch's Sequential
 
 
@@ -46,8 +46,7 @@ def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> It
     where it can compile nothing at all (no C++ compiler, no Triton), a warning says so once a process.
 
     Args:
-        mode: of `torch.compile`, one of `MODES`; "reduce-overhead" records CUDA graphs of what trains, whose weights a
-            worker keeps where they are; on the CPU it is "default". None leaves all as it is.
+        mode: of `torch.compile`, one of `MODES`; None leaves all as it is.
         device: where the networks are.
         networks: they are changed inside, and afterwards as they were.
     """
@@ -57,14 +56,11 @@ def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> It
     parts = [part for network in networks for part in network.modules() if isinstance(part, Model | TargetEncoder)]
 
     def step(*, usual: bool) -> AbstractContextManager[object]:
-        if device.type == "cuda" and usual:  # what the graphs of the last step returned is read by now
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return nullcontext() if usual else torch.compiler.set_stance("force_eager")
 
     try:
         for part in parts:
-            trains = any(parameter.requires_grad for parameter in part.parameters())
-            call = torch.compile(MethodType(_call, part.backbone), mode=mode if trains else "default", dynamic=False)
+            call = torch.compile(MethodType(_call, part.backbone), mode=mode, dynamic=False)
             vars(part.backbone)["_compiled_call_impl"] = call
         with _settings():
             yield step
