@@ -7,31 +7,44 @@ the recording is replayed: the same kernels on the same memory, with random numb
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from fedssl.errors import FedSSLError
+
 log = logging.getLogger(__name__)
 
-ORDINARY = 3  # steps before one is recorded: after them memory, kernels and the optimiser's state are there
-SYNCHRONISES = "synchronizing"  # in the warning of torch.cuda.set_sync_debug_mode
+ORDINARY = 3  # steps of a batch size before one is recorded: memory, kernels and the optimiser's state are there
+SYNCHRONISES = "called a synchronizing CUDA operation"  # as torch.cuda.set_sync_debug_mode warns
 
 # Images of a batch -> scalars that stay on the device, by name. All that it changes are tensors, in place: what Python
 # remembers from step to step would be recorded as it was.
 TakeStep = Callable[[Int64[Tensor, " b"]], dict[str, Tensor]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One step for batches of one size: where it reads the images' positions, and where it leaves its results."""
+
+    rows: Int64[Tensor, " b"]
+    measures: dict[str, Tensor]
+    replay: Callable[[], None]
+
+
 class Replayed:
     """Takes steps; on a GPU, where that is possible, most of them as a replay of one that was recorded.
 
-    What makes it impossible is noticed in an ordinary step and named in the log: a step that reads from the device, or
-    one that puts new tensors in the place of a network's. Batches of another size are ordinary steps as well.
+    What makes it impossible is noticed in an ordinary step: one that reads from the device, which the log names, or one
+    that puts new tensors in the place of a network's, as queues do that still fill. Each size of batches has a recording
+    of its own.
 
     Args:
         step: one step.
-        batch_size: images of the batches that are replayed.
         networks: whose parameters and buffers the step changes.
         generators: on the device, that it draws from, beside torch's own.
         device: where it computes.
@@ -42,36 +55,36 @@ class Replayed:
         self,
         step: TakeStep,
         *,
-        batch_size: int,
         networks: Sequence[nn.Module],
         generators: Sequence[torch.Generator],
         device: torch.device,
         wanted: bool,
     ) -> None:
         self._step = step
-        self._batch_size = batch_size
         self._networks = networks
         self._generators = generators
         self._possible = wanted and device.type == "cuda" and hasattr(torch.cuda.CUDAGraph, "register_generator_state")
-        self._taken = 0
-        self._replay: Callable[[], None] | None = None
+        self._taken: Counter[int] = Counter()  # ordinary steps, by images in the batch
+        self._recordings: dict[int, Recording] = {}
 
     def __call__(self, rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
-        """One step on the images `rows`; what it returned."""
-        if not self._possible or len(rows) != self._batch_size:
+        """One step on the images `rows`; what it returned.
+
+        Raises:
+            FedSSLError: the recording failed, although an ordinary step looked as if it could be recorded.
+        """
+        if not self._possible:
             return self._step(rows)
-        if self._replay is None:
-            self._taken += 1
-            if self._taken < ORDINARY:
+        if (recording := self._recordings.get(len(rows))) is None:
+            self._taken[len(rows)] += 1
+            if self._taken[len(rows)] < ORDINARY:
                 return self._step(rows)
-            if self._taken == ORDINARY:
+            if self._taken[len(rows)] == ORDINARY:
                 return self._watched(rows)
-            self._record(rows)
-        if self._replay is None:
-            return self._step(rows)
-        self._rows.copy_(rows)
-        self._replay()
-        return {name: value.clone() for name, value in self._measures.items()}
+            recording = self._recordings[len(rows)] = self._record(rows)
+        recording.rows.copy_(rows)
+        recording.replay()
+        return {name: value.clone() for name, value in recording.measures.items()}
 
     def _watched(self, rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
         """An ordinary step that shows whether it can be recorded."""
@@ -86,23 +99,26 @@ class Replayed:
                 torch.cuda.set_sync_debug_mode(mode)
         if any(SYNCHRONISES in str(warning.message) for warning in caught):
             self._give_up("it reads from the device")
-        elif list(self._addresses()) != before:
-            self._give_up("it replaces tensors instead of changing them")
+        elif list(self._addresses()) != before:  # a queue that fills; the next step is watched again
+            self._taken[len(rows)] -= 1
+            log.debug("client.cuda_graphs: a step that replaces tensors, instead of changing them, is not recorded")
         return measures
 
-    def _record(self, rows: Int64[Tensor, " b"]) -> None:
+    def _record(self, rows: Int64[Tensor, " b"]) -> Recording:
         """Of what happens here, the device does nothing yet."""
-        self._rows = rows.clone()
+        rows = rows.clone()
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._measures = self._step(self._rows)
-        except RuntimeError as error:
-            self._give_up(" ".join(str(error).split())[:300])
-            return
-        self._replay = graph.replay
+                measures = self._step(rows)
+        except RuntimeError as error:  # torch's own generator is of no use in this process any more
+            raise FedSSLError(
+                f"a training step could not be recorded as a CUDA graph: {' '.join(str(error).split())[:300]}. Set "
+                f"client.cuda_graphs=false, which launches every step as it is."
+            ) from error
+        return Recording(rows=rows, measures=measures, replay=graph.replay)
 
     def _give_up(self, why: str) -> None:
         log.warning("client.cuda_graphs: this step cannot be recorded (%s), so each is launched as it is.", why)

@@ -344,12 +344,7 @@ class Distiller:
             if distillation.warmup == "once":
                 self._fill_queue()
         self._take_or_replay = Replayed(
-            self._take,
-            batch_size=min(distillation.batch_size, n),
-            networks=self.networks,
-            generators=(self.views_rng,),
-            device=device,
-            wanted=replays,
+            self._take, networks=self.networks, generators=(self.views_rng,), device=device, wanted=replays
         )
 
     def epoch(self, epoch: int, inside: Step = plain) -> dict[str, Float[Tensor, " steps"]]:

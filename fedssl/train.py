@@ -225,14 +225,7 @@ def train(
             calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
         with torch.no_grad(), autocast(), step(usual=False):
             method.prepare(model, state, _endless_views(pixels, views, batch_sizes, seed, round_num))
-        take_or_replay = Replayed(
-            take,
-            batch_size=batch_sizes[0],
-            networks=(model, state),
-            generators=(views_rng,),
-            device=device,
-            wanted=replays,
-        )
+        take_or_replay = Replayed(take, networks=(model, state), generators=(views_rng,), device=device, wanted=replays)
         for epoch in count(1):
             taken: list[dict[str, Tensor]] = []
             order = torch.randperm(len(pixels), generator=order_rng).to(device)

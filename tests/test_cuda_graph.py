@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedssl.config import compose, instantiate
-from fedssl.cuda_graph import ORDINARY, Replayed
+from fedssl.cuda_graph import ORDINARY, Recording, Replayed
 from fedssl.data.images import ImageSet
 from fedssl.ensemble import EnsembleTarget, MeanKernel, RowMean
+from fedssl.errors import FedSSLError
 from fedssl.methods import Method
 from fedssl.models import Model
 from fedssl.models.backbones import Conv4
@@ -24,32 +26,35 @@ from tests import test_distill
 
 CUDA = torch.device("cuda")
 BATCH = 8
+EPOCHS = 4
+STEPS = 6 * EPOCHS  # five batches and a smaller one
 
 
-# -- which batches are replayed, by a recording that only remembers what is called with what --------------------------
+# -- which batches are replayed, by recordings that only remember what is called with what ------------------------------
 class Remembering(Replayed):
-    """Its recording takes the step again on the rows that were recorded, as a GPU would."""
+    """A replay takes the step again on the rows that were recorded, as a GPU would."""
+
+    replays = 0
 
     def _watched(self, rows: Tensor) -> dict[str, Tensor]:
         return self._step(rows)
 
-    def _record(self, rows: Tensor) -> None:
-        self._rows, self._measures = rows.clone(), {"loss": torch.zeros(())}
+    def _record(self, rows: Tensor) -> Recording:
+        recording = Recording(rows=rows.clone(), measures={"loss": torch.zeros(())}, replay=lambda: replay())
 
         def replay() -> None:
-            self._measures["loss"].copy_(self._step(self._rows)["loss"])
+            recording.measures["loss"].copy_(self._step(recording.rows)["loss"])
             self.replays += 1
 
-        self.replays = 0
-        self._replay = replay
+        return recording
 
 
 def remembering(step: Callable[[Tensor], dict[str, Tensor]], **changes: Any) -> Remembering:
-    settings: dict[str, Any] = {"batch_size": 2, "networks": (), "generators": (), "device": CUDA, "wanted": True}
+    settings: dict[str, Any] = {"networks": (), "generators": (), "device": CUDA, "wanted": True}
     return Remembering(step, **(settings | changes))
 
 
-def test_batches_of_the_usual_size_are_replayed_after_some_ordinary_steps() -> None:
+def test_every_size_of_batches_is_replayed_after_some_ordinary_steps() -> None:
     taken: list[list[int]] = []
 
     def step(rows: Tensor) -> dict[str, Tensor]:
@@ -57,18 +62,34 @@ def test_batches_of_the_usual_size_are_replayed_after_some_ordinary_steps() -> N
         return {"loss": rows.sum().float()}
 
     take = remembering(step)
-    batches = [torch.tensor(rows) for rows in ([0, 1], [2], [3, 4], [5, 6], [7, 8], [9], [10, 11])]
+    batches = [torch.tensor(rows) for epoch in range(5) for rows in ([epoch, 1], [2, epoch], [epoch])]
     measured = [take(rows)["loss"] for rows in batches]
     assert taken == [rows.tolist() for rows in batches]  # every image once, in order
     assert [int(loss) for loss in measured] == [int(rows.sum()) for rows in batches]  # none overwrites another
-    assert take.replays == 5 - ORDINARY
+    assert take.replays == 15 - 2 * ORDINARY
 
 
 @pytest.mark.parametrize("changes", [{"wanted": False}, {"device": torch.device("cpu")}])
 def test_elsewhere_every_step_is_an_ordinary_one(changes: dict[str, Any]) -> None:
     take = remembering(lambda rows: {"loss": rows.sum().float()}, **changes)
     assert [int(take(torch.tensor([i, i]))["loss"]) for i in range(9)] == [2 * i for i in range(9)]
-    assert not hasattr(take, "replays")
+    assert take.replays == 0
+
+
+def test_a_recording_that_fails_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: Failing())
+    monkeypatch.setattr(Replayed, "_watched", lambda self, rows: self._step(rows))
+    take = Replayed(lambda rows: {}, networks=(), generators=(), device=CUDA, wanted=True)
+    with pytest.raises(FedSSLError, match=r"not permitted .* Set client\.cuda_graphs=false"):
+        for _ in range(ORDINARY + 1):
+            take(torch.tensor([0]))
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -113,7 +134,7 @@ def both(backbone: Callable[[], nn.Module], overrides: list[str], method: Method
             views=instantiate(config["views"]),
             optimisation=instantiate(config["client"]["optimisation"]),
             batch_size=BATCH,
-            epochs=3,
+            epochs=EPOCHS,
             seed=3,
             round_num=1,
             num_rounds=2,
@@ -139,6 +160,8 @@ SPECIAL = {
     "moco": [f"method.queue_size={2 * BATCH}"],
     "swav": [f"method.queue_size={2 * BATCH}"],
     "vicreg": ["client.optimisation.lr=0.001"],
+    "barlow_twins": ["client.optimisation.lr=0.001"],
+    "simsiam": ["client.optimisation.lr=0.001"],
 }
 SGD = [
     "client.optimisation.optimiser=sgd", "client.optimisation.lr=0.05", "client.optimisation.schedule=cosine",
@@ -152,7 +175,7 @@ METHODS = ["simclr", "info_nce", "byol", "simsiam", "moco", "swav", "vicreg", "b
 def test_replayed_training_is_the_ordinary_one(replays: list[None], name: str) -> None:
     """The learning rate changes with every step, and the last batch of an epoch is a smaller one."""
     assert_alike(both(lambda: Conv4(width=4), [f"method={name}", *SGD, *SPECIAL.get(name, [])]))
-    assert len(replays) == 3 * 5 - ORDINARY
+    assert len(replays) == STEPS - 2 * ORDINARY
 
 
 @pytest.mark.gpu
@@ -161,14 +184,14 @@ def test_adam_dropout_and_a_penalty_are_replayed_too(replays: list[None]) -> Non
         return 0.01 * model(x1).square().mean() + 0.01 * model(x2).square().mean()
 
     assert_alike(both(Dropping, ["client.optimisation.schedule=cosine"], penalty=penalty))
-    assert len(replays) == 3 * 5 - ORDINARY
+    assert len(replays) == STEPS - 2 * ORDINARY
 
 
 @pytest.mark.gpu
 def test_half_precision_is_replayed_too(replays: list[None]) -> None:
     (expected, _), (measured, _) = both(lambda: Conv4(width=4), SGD, amp=True)
     assert measured["loss"] == pytest.approx(expected["loss"], rel=1e-2)
-    assert len(replays) == 3 * 5 - ORDINARY
+    assert len(replays) == STEPS - 2 * ORDINARY
 
 
 @dataclass(frozen=True)
@@ -200,21 +223,10 @@ class Growing(Method):
 def test_a_step_that_cannot_be_recorded_is_an_ordinary_one_and_the_log_says_why(
     replays: list[None], caplog: pytest.LogCaptureFixture, method: Method, why: str
 ) -> None:
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.DEBUG, logger="fedssl.cuda_graph"):
         assert_alike(both(lambda: Conv4(width=4), SGD, method))
     assert not replays
     assert why in caplog.text
-
-
-@pytest.mark.gpu
-def test_a_recording_that_fails_leaves_an_ordinary_training(
-    replays: list[None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Replayed, "_watched", lambda self, rows: self._step(rows))  # so nothing is noticed before
-    with caplog.at_level(logging.WARNING):
-        assert_alike(both(lambda: Conv4(width=4), SGD, Reading()))
-    assert not replays
-    assert "cannot be recorded" in caplog.text
 
 
 TARGETS = {"ce": RowMean(), "cka": MeanKernel(), "coordinates": MeanKernel()}

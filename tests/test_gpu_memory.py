@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fedssl
-from fedssl.errors import ConfigError
 from fedssl.cuda_graph import ORDINARY
+from fedssl.errors import ConfigError
 from fedssl.federation import client, gpu_memory
 from fedssl.federation.gpu_memory import measure
 from fedssl.federation.grids.in_process import InProcessGrid
