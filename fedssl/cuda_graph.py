@@ -40,8 +40,8 @@ class Replayed:
     """Takes steps; on a GPU, where that is possible, most of them as a replay of one that was recorded.
 
     What makes it impossible is noticed in an ordinary step: one that reads from the device, which the log names, or one
-    that puts new tensors in the place of a network's, as queues do that still fill. Each size of batches has a recording
-    of its own.
+    that puts new tensors in the place of a network's, as queues do that still fill. Each size of batches has its own
+    recording.
 
     Args:
         step: one step.
