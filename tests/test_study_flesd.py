@@ -227,3 +227,14 @@ def test_the_page_has_the_tables_of_its_results(tmp_path: Path, capsys: pytest.C
     assert PAGE.read_text().partition(MARKER)[2].strip() == capsys.readouterr().out.strip()
     assert study_flesd.main(["--table", "--work", str(tmp_path / "nothing")]) == 0
     assert capsys.readouterr().out == "\n"
+
+
+def test_the_page_has_the_table_of_the_arms_that_were_run_later() -> None:
+    rows = study_flesd.read(ROOT / "benchmarks" / "results" / "flesd_study_more.csv")
+    before_the_tables = PAGE.read_text().partition(MARKER)[0]
+    assert {(row["arm"], row["seed"]) for row in rows} == {
+        (arm, str(seed))
+        for arm in ("random", "flesd", "placebo", "paper", "row", "full_views", "full_views_placebo", "public_only_128")
+        for seed in range(5)
+    }
+    assert study_flesd.markdown(rows).partition("\n\n")[2].strip() in before_the_tables
