@@ -139,12 +139,21 @@ def unread(config: DictConfig, overrides: Sequence[str]) -> list[str]:
 
 
 def _fit_to_the_ensemble(config: DictConfig) -> None:
-    """Fill in `embedding` and `distill.loss` where they are null: rows that sum to 1 are the paper's path."""
+    """Fill in `embedding`, `distill.loss` and `distill.views` where they are null.
+
+    Rows that sum to 1 are the paper's path. A student that learns coordinates of photographs sees them shifted and
+    mirrored only: with the run's strong colours it is no better than one that untrained clients teach
+    (benchmarks/flesd_study.md).
+    """
     kernel = config.ensemble.get("_target_") == KERNEL_RULE
     if config.distill.loss is None:
         config.distill.loss = "coordinates" if kernel else "ce"
     if config.embedding is None:
         config.embedding = "backbone" if kernel else "projector"
+    photographs = config.views.get("_target_") == COLOUR_VIEWS
+    if config.distill.views is None and config.distill.loss == "coordinates" and photographs:
+        same = {key: config.views[key] for key in ("flip_probability", "mean", "std")}
+        config.distill.views = OmegaConf.merge(OmegaConf.load(conf_dir() / "views" / "shift.yaml"), same)
 
 
 def _let_chosen_groups_win(
@@ -377,6 +386,7 @@ TOP_LEVEL: dict[str, Any] = {
     "max_seconds": float | None,
     "run_dir": str,
 }
+COLOUR_VIEWS = "fedssl.data.views.ColourViews"
 KERNEL_RULE = "fedssl.ensemble.MeanKernel"  # by name: to print a configuration takes no torch
 SAID_TO_THE_COMMAND = ("resume", "replay", "sweep")  # no part of a run
 CLIENT_STORE = {"store": str | None}

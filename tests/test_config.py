@@ -276,3 +276,26 @@ def test_loss_and_embedding_go_with_the_ensemble_unless_they_are_given(
     config = compose(overrides)
     assert (config["distill"]["loss"], config["embedding"]) == (loss, embedding)
     assert config["strategy"]["server"]["embedding"] == embedding
+
+
+@pytest.mark.parametrize(
+    ("overrides", "views"),
+    [
+        (["data=cifar10"], "ShiftViews"),
+        (["data=cifar10", "ensemble=row"], None),  # the paper's path: the run's views
+        (["data=cifar10", "distill.loss=cka"], None),
+        (["data=cifar10", "views@distill.views=colour"], "ColourViews"),
+        (["data=digits"], None),
+        (["experiment=flesd_faithful"], None),
+    ],
+)
+def test_a_student_of_coordinates_sees_photographs_shifted_only(overrides: list[str], views: str | None) -> None:
+    config = compose(["strategy=flesd", *overrides])
+    chosen = config["distill"]["views"]
+    assert (chosen and chosen["_target_"].rpartition(".")[2]) == views
+
+
+def test_those_views_are_normalised_and_mirrored_as_the_runs_are() -> None:
+    config = compose(["data=cifar10", "views.mean=[0.4,0.5,0.6]", "views.flip_probability=0"])
+    assert config["distill"]["views"]["mean"] == [0.4, 0.5, 0.6]
+    assert config["distill"]["views"]["flip_probability"] == 0

@@ -1,4 +1,4 @@
-"""One epoch of a client with its backbone compiled against the same epoch without, for every family."""
+"""One epoch of a client with its backbone compiled, or its steps replayed, against the epoch without, for every family."""
 
 import os
 import tempfile
@@ -16,9 +16,9 @@ from fedssl.models.compiled import compiled as compiled_networks
 PAIRS = 7
 
 
-def _mode(plain: Epoch, mode: str) -> dict[str, Any]:
-    """What one mode of compilation costs once, and saves from then on."""
-    fast = replace(plain, compile_mode=mode)
+def _way(plain: Epoch, **changes: Any) -> dict[str, Any]:
+    """What one way costs once, and saves from then on."""
+    fast = replace(plain, **changes)
     plain.ours()
     torch.compiler.reset()
     with tempfile.TemporaryDirectory(prefix="fedssl-compiled-") as folder:  # nothing is compiled already
@@ -34,13 +34,15 @@ def _mode(plain: Epoch, mode: str) -> dict[str, Any]:
 
 
 def compiled() -> Result:
-    """On the GPU where there is one, without and with CUDA graphs; else with one thread, as a worker has it."""
+    """On the GPU where there is one, CUDA graphs too; else with one thread, as a worker has it."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     families = {}
     with compiled_networks(MODES[0], device):
         pass  # torch's own start, and whether it can at all
     for family in compose([])["models"]:
-        one, _ = epoch(family, device)
-        families[family] = {mode: _mode(one, mode) for mode in (MODES if device.type == "cuda" else MODES[:1])}
+        plain = replace(epoch(family, device)[0], cuda_graphs=False)
+        families[family] = {mode: _way(plain, compile_mode=mode) for mode in MODES}
+        if device.type == "cuda":
+            families[family]["cuda_graphs"] = _way(plain, cuda_graphs=True)
     return {"unit": "seconds per epoch", "pairs": PAIRS, "device": str(device), "families": families}, []

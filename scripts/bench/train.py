@@ -25,6 +25,8 @@ HALF_PAIRS = 5  # of full precision and bfloat16
 BARS = ((10e6, 0.90), (0.0, 0.75))  # (operations a view from which it holds, share of the bare loop)
 LARGE = 100e6  # operations a view from which an epoch has fewer and smaller batches: one takes seconds
 EPOCHS = {False: (16, 64), True: (4, 32)}  # large? -> steps, images a step
+ON_A_GPU = (16, 512)
+PEAK = 4096  # side of the matrices whose product, in bfloat16, shows what a GPU can do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,11 @@ class Epoch:
     device: torch.device
     amp: bool
     compile_mode: str | None = None
+    cuda_graphs: bool = True
 
     def ours(self) -> float:
         """Seconds of `fedssl.train.train`, of which a client's local training consists."""
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model).to(self.device)  # as a worker keeps it there
         _wait(self.device)
         started = time.perf_counter()
         training.train(
@@ -60,6 +63,7 @@ class Epoch:
             device=self.device,
             amp=self.amp,
             compile_mode=self.compile_mode,
+            cuda_graphs=self.cuda_graphs,
         )
         _wait(self.device)
         return time.perf_counter() - started
@@ -99,6 +103,22 @@ def operations(model: Model) -> float:
     return float(counter.get_total_flops())
 
 
+def peak_gflop_per_s(device: torch.device) -> float | None:
+    """What a GPU reaches in a large matrix product; None on the CPU, of which one thread is used."""
+    if device.type != "cuda":
+        return None
+    a, b = torch.randn(2, PEAK, PEAK, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(UNTIMED + PAIRS):
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        _wait(device)
+        seconds.append((time.perf_counter() - started) / 10)
+    return 2 * PEAK**3 / median_interval(seconds[UNTIMED:])[0] / 1e9
+
+
 def epoch(family: str, device: torch.device) -> tuple[Epoch, float]:
     """A client's epoch of `family` with the default configuration, and `operations`."""
     config = compose(["data=cifar10"])
@@ -106,7 +126,7 @@ def epoch(family: str, device: torch.device) -> tuple[Epoch, float]:
     model = Model(backbone, instantiate(config["projector"], in_dim=feature_dim(backbone, SIZE)))
     calibrate_batch_norm(model, torch.randn(16, 3, SIZE, SIZE))  # as after a first round
     cost = operations(model)
-    steps, batch_size = EPOCHS[cost >= LARGE]
+    steps, batch_size = ON_A_GPU if device.type == "cuda" else EPOCHS[cost >= LARGE]
     pixels = np.random.default_rng(0).integers(0, 256, (steps * batch_size, 3, SIZE, SIZE), dtype=np.uint8)
     one = Epoch(
         model=model,
@@ -149,4 +169,5 @@ def train() -> Result:
             "gflop_per_s": median_interval([6 * images * cost / ours / 1e9 for _, ours in pairs])[0],
         }
     figures = {"unit": "seconds per epoch", "pairs": PAIRS, "device": str(device), "families": families}
+    figures["peak_gflop_per_s"] = peak_gflop_per_s(device)
     return figures, bars
