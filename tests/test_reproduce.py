@@ -842,6 +842,40 @@ def test_a_sitting_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFi
     assert (part["name"], part["code"]) == ("row averaged", 0)
 
 
+HOLDING = """
+import sys, time
+from pathlib import Path
+from bench import gpu_acceptance
+gpu_acceptance.Acceptance.__call__ = lambda sitting: print("there", flush=True) or time.sleep(600)
+sys.exit(gpu_acceptance.main(sys.argv[1:]))
+"""
+
+
+def test_two_sittings_share_no_out(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whatever name; a killed one holds nobody up, and what travels has no lock in it."""
+    out = tiny.parent / "o"
+    (tiny.parent / "link").symlink_to(out)
+    arguments = ["--dry", "--rows", str(tiny), "--parts", "rows", "--seconds", "1"]
+    first = ["--out", str(out), "--work", str(tiny.parent / "first")]
+    second = ["--out", str(tiny.parent / "link"), "--work", str(tiny.parent / "second")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", HOLDING, *arguments, *first]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "there\n"
+            assert gpu_acceptance.main([*arguments, *second]) == 2
+            said = f"error: --out {tiny.parent / 'link'} is in use by process {holder.pid} on "
+            assert capsys.readouterr().err.startswith(said)
+            assert list(out.iterdir()) == list((tiny.parent / "second").iterdir()) == []
+        finally:
+            holder.kill()
+    assert gpu_acceptance.main([*arguments, *second]) == 0
+    assert {path.name for path in out.iterdir()} == {"acceptance.json", "benchmarks.json", "rows.json", "log.txt"}
+    assert gpu_acceptance.main([*arguments, *first]) == 0  # one after the other they may
+    assert not [path.name for path in tiny.parent.iterdir() if path.name.endswith(".lock")]
+
+
 def test_a_part_is_ended_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     inner = f"import os, time, pathlib; pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(600)"

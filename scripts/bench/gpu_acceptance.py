@@ -10,7 +10,7 @@ offered; benchmarks that were not tried come before one that was. No part ends a
 own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most
 16 MiB: acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them
 over), benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the
-sitting, and which one process has at a time.
+sitting. One process at a time has --work, and one --out (its lock is a file beside that folder).
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
@@ -391,7 +391,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for folder in (args.out, args.work):
             folder.mkdir(parents=True, exist_ok=True)
-        with held(args.work, f"--work {args.work}", "wait until it has ended, or name another folder"):
+        out = args.out.resolve()
+        advice = "wait until it has ended, or name another folder"
+        with (
+            held(args.work, f"--work {args.work}", advice),
+            held(out.parent, f"--out {args.out}", advice, name=f".{out.name}.lock"),  # beside it: a kill leaves it
+        ):
             acceptance = Acceptance(args)
             try:
                 return acceptance()
