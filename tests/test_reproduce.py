@@ -1010,6 +1010,31 @@ def test_every_module_that_rows_and_tests_import_is_known_to_be_needed() -> None
     assert imported - set(sys.stdlib_module_names) - ours - elsewhere <= known
 
 
+OF_FLOWER = """
+import sys
+import fedssl.federation.simulation, tests.federation_helpers
+print(*{module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "flwr"}, sep="\\n")
+"""
+
+
+def test_every_module_that_flower_imports_for_a_row_is_known_to_be_needed() -> None:
+    """What its files, as far as a row loads them, import whatever the circumstances."""
+    done = subprocess.run(
+        [sys.executable, "-c", OF_FLOWER],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    imported = {
+        name
+        for path in done.stdout.split()
+        for node in ast.parse(Path(path).read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    foreign = {name for name in imported if name.partition(".")[0] not in {*sys.stdlib_module_names, "flwr"}}
+    assert {"grpc", "google.protobuf.message"} <= foreign
+    assert {name for name in foreign if not any(f"{name}.".startswith(f"{m}.") for m in gpu_acceptance.NEEDED)} == set()
+
+
 def test_gpu_tests_are_not_tried_without_what_they_need(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_acceptance, "NEEDED", {"no_such_module": "no-such-package: tests"})
     arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]

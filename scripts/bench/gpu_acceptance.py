@@ -14,11 +14,12 @@ sitting. One process at a time has --work, and one --out (its lock is a file bes
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
-that has the usual scientific packages (jaxtyping, jinja2, matplotlib, pandas, pillow, pyarrow, pyyaml, rich,
-safetensors, scikit-learn, scipy, tensorboard, pytest, pytest-timeout, hypothesis) and nothing of ours, carry these
-wheels, 11 MB for Python 3.12 on x86-64 (measured; cryptography and pycryptodome are 8 of them):
+that has the usual scientific packages (grpcio, httpx, jaxtyping, jinja2, matplotlib, numba, packaging, pandas, pillow,
+pyarrow, pyyaml, rich, safetensors, scikit-learn, scipy, tensorboard, typer, pytest, pytest-timeout, hypothesis) and
+nothing of ours, carry these wheels, 11 MB for Python 3.12 on x86-64 (measured; cryptography and pycryptodome are 8):
   flwr 1.42 (the plain package), hydra-core 1.3, omegaconf<2.4, antlr4-python3-runtime 4.9.3 (only a source: pip wheel),
-  grpcio-health-checking, cryptography, cffi, pycparser, pycryptodome, iterators; for the tests also beartype
+  protobuf<7 (for flwr; grpcio-health-checking, which only Flower's servers import, would have to be <1.82 with it),
+  cryptography, cffi, pycparser, pycryptodome, iterators; for the tests also beartype
 fetched by `pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64
 --platform manylinux2014_x86_64 -d wheels NAME` and installed there by
 `pip install --no-index --no-deps --target site wheels/*.whl`, with PYTHONPATH=site. fedssl itself is not installed.
@@ -62,13 +63,15 @@ NEEDED = {  # module -> package, for whom
     "omegaconf": "omegaconf<2.4: rows, tests",
     "antlr4": "antlr4-python3-runtime==4.9.3: rows, tests",
     "grpc": "grpcio: flwr",
-    "grpc_health": "grpcio-health-checking: flwr",
     "cryptography": "cryptography: flwr",
+    "_cffi_backend": "cffi: flwr",
+    "httpx": "httpx: flwr",
+    "typer": "typer: flwr",
     "packaging": "packaging: flwr",
     "Crypto": "pycryptodome: flwr",
     "iterators": "iterators: flwr",
     "jaxtyping": "jaxtyping: rows, tests",
-    "google.protobuf": "protobuf: flwr",
+    "google.protobuf": "protobuf<7: flwr",
     "sklearn": "scikit-learn: rows, tests",
     "PIL": "pillow: rows, tests",
     "scipy": "scipy: tests",
