@@ -1005,7 +1005,7 @@ def test_every_module_that_rows_and_tests_import_is_known_to_be_needed() -> None
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
-    ours = {"fedssl", "strategies", "tests", "bench", "study_flesd", ""}
+    ours = {"fedssl", "strategies", "tests", "bench", "study_attacks", "study_flesd", ""}
     known = {module.partition(".")[0] for module in gpu_acceptance.NEEDED}
     assert imported - set(sys.stdlib_module_names) - ours - elsewhere <= known
 
