@@ -809,6 +809,18 @@ def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: P
     assert again["rows"] == left["rows"]
 
 
+def test_why_a_row_could_not_be_measured_is_said_at_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And where its images are looked for."""
+    entry = tiny_row("imageless", "strategy=fedavg", "data=cifar10")
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    arguments = ["--rows", str(tiny), "--data", str(tiny.parent / "nowhere"), "--work", str(tiny.parent / "w")]
+    why = r"error: data=cifar10: the train split is neither in data\.root=.*nowhere .*\(Here data\.root is --data\.\)"
+    assert reproduce.main(["imageless", "--cpu", *arguments, "-o", str(tiny.parent / "result.json")]) == 2
+    assert re.search(f"^{why}$", capfd.readouterr().err)
+    assert gpu_acceptance.main([*arguments, "--out", str(tiny.parent / "o"), "--dry", "--parts", "rows"]) == 1
+    assert re.search(f"^row imageless: exit code 2, {why}$", capfd.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_a_row_that_outlasts_the_sitting_writes_how_far_it_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_acceptance, "LAST", 15.0)

@@ -326,7 +326,8 @@ class Acceptance:
         log = self.args.work / f"{name.replace(' ', '-')}.log"
         part = run(name, command, limit, log)
         self.parts.append(part)
-        print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}", flush=True)
+        why = "" if part.went_well else f", {(part.tail.strip().splitlines() or ['no output'])[-1]}"
+        print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}{why}", flush=True)
         self.write()
         return log
 
