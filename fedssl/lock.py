@@ -15,7 +15,7 @@ MAX_TRIES = 100  # to lock a file that others remove at the same time
 
 
 @contextlib.contextmanager
-def held(folder: Path, named: str, advice: str) -> Iterator[None]:
+def held(folder: Path, named: str, advice: str, *, name: str = NAME) -> Iterator[None]:
     """Inside, no other process holds `folder`. Processes that this one starts do not inherit it.
 
     The lock is advisory (`flock`). Where the filesystem has none, or the file cannot be made, it goes on without.
@@ -24,11 +24,12 @@ def held(folder: Path, named: str, advice: str) -> Iterator[None]:
         folder: exists.
         named: how the message calls it, e.g. "--work DIR".
         advice: what would work, for the message.
+        name: of the lock's file; with another one, what is held is not `folder` but what the name says.
 
     Raises:
         ConfigError: another process holds it; the message says which.
     """
-    path = folder / NAME
+    path = folder / name
     file = _locked(path, named, advice)
     try:
         yield

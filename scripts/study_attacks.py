@@ -154,6 +154,7 @@ def study(out: Path, seeds: Sequence[int], known: Mapping[str, Rule], epochs: in
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
+PAGE = ROOT / "benchmarks" / "attacks.md"
 MARKER = "<!-- below: scripts/study_attacks.py --table -->"
 MARGIN = 1.0  # points; a rule also holds within one standard deviation of its clean runs over the seeds
 
@@ -174,7 +175,7 @@ class Table:
 
     def drop(self, rule: str, attack: str, number: int) -> float | None:
         """Points below the rule's own clean run, the mean over the seeds that have both."""
-        clean, cell = self.values[rule, "clean", 0], self.values.get((rule, attack, number), {})
+        clean, cell = self.values.get((rule, "clean", 0), {}), self.values.get((rule, attack, number), {})
         drops = [clean[seed] - value for seed, value in cell.items() if seed in clean]
         return mean(drops) if drops else None
 
@@ -197,8 +198,8 @@ class Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Tables of all metrics, and which rules hold."""
-    names = sorted({row["rule"] for row in rows} - {UNTRAINED})
+    """Tables of all metrics, and which rules hold; of those that have a clean run."""
+    names = sorted({row["rule"] for row in rows if row["attack"] == "clean"} - {UNTRAINED})
     attacked = CELLS[1:]
     parts = []
     for metric in METRICS:
@@ -230,7 +231,8 @@ def _seeds(rows: Sequence[Row], name: str, attack: str, number: int) -> int:
     return sum((row["rule"], row["attack"], row["attackers"]) == (name, attack, str(number)) for row in rows)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    known = rules()
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -239,14 +241,18 @@ def main() -> int:
     parser.add_argument("--rules", nargs="+", default=None, help="names of conf/ensemble; default: all but kernels")
     parser.add_argument("--epochs", type=int, default=10, help="of distillation; the run's default is 14")
     parser.add_argument("--table", action="store_true", help="write benchmarks/attacks.md from the file, run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.table:
-        page = ROOT / "benchmarks" / "attacks.md"
-        text = page.read_text().partition(MARKER)[0] if page.exists() else ""
-        page.write_text(f"{text}{MARKER}\n\n{markdown(read(args.out / 'attacks.csv'))}")
+        if not (rows := read(args.out / "attacks.csv")):
+            parser.error(f"--out {args.out} has no attacks.csv with results")
+        text = PAGE.read_text().partition(MARKER)[0] if PAGE.exists() else ""
+        PAGE.write_text(f"{text}{MARKER}\n\n{markdown(rows)}")
         return 0
+    if unknown := sorted({*(args.rules or ())} - known.keys()):
+        parser.error(f"--rules has {', '.join(unknown)}; there are {', '.join(known)}")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
     torch.set_num_threads(1)
-    known = rules()
     study(args.out, args.seeds, {name: known[name] for name in args.rules or known}, args.epochs)
     return 0
 

@@ -809,6 +809,18 @@ def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: P
     assert again["rows"] == left["rows"]
 
 
+def test_why_a_row_could_not_be_measured_is_said_at_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And where its images are looked for."""
+    entry = tiny_row("imageless", "strategy=fedavg", "data=cifar10")
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    arguments = ["--rows", str(tiny), "--data", str(tiny.parent / "nowhere"), "--work", str(tiny.parent / "w")]
+    why = r"error: data=cifar10: the train split is neither in data\.root=.*nowhere .*\(Here data\.root is --data\.\)"
+    assert reproduce.main(["imageless", "--cpu", *arguments, "-o", str(tiny.parent / "result.json")]) == 2
+    assert re.search(f"^{why}$", capfd.readouterr().err)
+    assert gpu_acceptance.main([*arguments, "--out", str(tiny.parent / "o"), "--dry", "--parts", "rows"]) == 1
+    assert re.search(f"^row imageless: exit code 2, {why}$", capfd.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_a_row_that_outlasts_the_sitting_writes_how_far_it_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_acceptance, "LAST", 15.0)
@@ -840,6 +852,40 @@ def test_a_sitting_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFi
     assert gpu_acceptance.main(arguments) == 0
     [part] = json.loads((out / "acceptance.json").read_text())["parts"]
     assert (part["name"], part["code"]) == ("row averaged", 0)
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from bench import gpu_acceptance
+gpu_acceptance.Acceptance.__call__ = lambda sitting: print("there", flush=True) or time.sleep(600)
+sys.exit(gpu_acceptance.main(sys.argv[1:]))
+"""
+
+
+def test_two_sittings_share_no_out(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whatever name; a killed one holds nobody up, and what travels has no lock in it."""
+    out = tiny.parent / "o"
+    (tiny.parent / "link").symlink_to(out)
+    arguments = ["--dry", "--rows", str(tiny), "--parts", "rows", "--seconds", "1"]
+    first = ["--out", str(out), "--work", str(tiny.parent / "first")]
+    second = ["--out", str(tiny.parent / "link"), "--work", str(tiny.parent / "second")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", HOLDING, *arguments, *first]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "there\n"
+            assert gpu_acceptance.main([*arguments, *second]) == 2
+            said = f"error: --out {tiny.parent / 'link'} is in use by process {holder.pid} on "
+            assert capsys.readouterr().err.startswith(said)
+            assert list(out.iterdir()) == list((tiny.parent / "second").iterdir()) == []
+        finally:
+            holder.kill()
+    assert gpu_acceptance.main([*arguments, *second]) == 0
+    assert {path.name for path in out.iterdir()} == {"acceptance.json", "benchmarks.json", "rows.json", "log.txt"}
+    assert gpu_acceptance.main([*arguments, *first]) == 0  # one after the other they may
+    assert not [path.name for path in tiny.parent.iterdir() if path.name.endswith(".lock")]
 
 
 def test_a_part_is_ended_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
@@ -971,9 +1017,34 @@ def test_every_module_that_rows_and_tests_import_is_known_to_be_needed() -> None
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
-    ours = {"fedssl", "strategies", "tests", "bench", "study_flesd", ""}
+    ours = {"fedssl", "strategies", "tests", "bench", "study_attacks", "study_flesd", ""}
     known = {module.partition(".")[0] for module in gpu_acceptance.NEEDED}
     assert imported - set(sys.stdlib_module_names) - ours - elsewhere <= known
+
+
+OF_FLOWER = """
+import sys
+import fedssl.federation.simulation, tests.federation_helpers
+print(*{module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "flwr"}, sep="\\n")
+"""
+
+
+def test_every_module_that_flower_imports_for_a_row_is_known_to_be_needed() -> None:
+    """What its files, as far as a row loads them, import whatever the circumstances."""
+    done = subprocess.run(
+        [sys.executable, "-c", OF_FLOWER],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    imported = {
+        name
+        for path in done.stdout.split()
+        for node in ast.parse(Path(path).read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    foreign = {name for name in imported if name.partition(".")[0] not in {*sys.stdlib_module_names, "flwr"}}
+    assert {"grpc", "google.protobuf.message"} <= foreign
+    assert {name for name in foreign if not any(f"{name}.".startswith(f"{m}.") for m in gpu_acceptance.NEEDED)} == set()
 
 
 def test_gpu_tests_are_not_tried_without_what_they_need(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 """The loop itself: when it evaluates, what it carries from round to round, what it forgets in time."""
 
+import contextlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,10 @@ from fedssl.errors import ConfigError, TooFewRepliesError
 from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.server import Server
+from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
+from fedssl.lock import NAME as LOCK
+from fedssl.lock import held
 from strategies.fedavg import FedAvg
 from tests.federation_helpers import FAMILIES, assert_same, final_arrays, rows, sabotaged, small
 
@@ -111,6 +117,70 @@ def test_two_runs_never_share_a_store(tmp_path: Path, monkeypatch: pytest.Monkey
     saved["federation"]["num_rounds"] = 2
     assert simulation.resume(saved, tmp_path / "first")["rounds"] == 2
     assert ClientStore(tmp_path / "store").versions(0) == [1, 2]
+
+
+def test_a_store_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    """Though nothing has been remembered in it yet; what a kill leaves of the lock is not in the way."""
+    store = tmp_path / "store"
+    store.mkdir()
+    overrides = ("strategy=local_only", f"client.store={store}", "evaluate.every=9", "federation.num_rounds=1")
+    with (
+        held(store, "", ""),
+        pytest.raises(ConfigError, match=rf"client\.store={store} is in use by .*: choose another"),
+    ):
+        fedssl.run(small(tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+    (store / LOCK).write_text("process 1 on a machine that has gone")
+    config = small(tmp_path / "run", *overrides)
+    assert fedssl.run(config)["status"] == "completed"
+    assert sorted(path.name for path in store.iterdir()) == ["0", "1", "2", "3"]
+    config["federation"]["num_rounds"] = 2
+    with held(store, "", ""), pytest.raises(ConfigError, match=rf"client\.store={store} is in use by .*: end it there"):
+        simulation.resume(config, tmp_path / "run")
+    assert simulation.resume(config, tmp_path / "run")["rounds"] == 2
+
+
+@pytest.mark.parametrize(("still_there", "said"), [(True, "is in use by process"), (False, "is not empty")])
+def test_a_run_does_not_take_a_store_that_another_has_just_taken(
+    still_there: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found it empty, and then read their images for a while."""
+    store = tmp_path / "store"
+    build = simulation.build_strategy
+    with contextlib.ExitStack() as other:
+
+        def build_while_another_begins(setup: Setup) -> Any:
+            if still_there:
+                other.enter_context(held(store, "", ""))
+            ClientStore(store).write(0, 1, {"seen": torch.ones(1)})
+            return build(setup)
+
+        monkeypatch.setattr(simulation, "build_strategy", build_while_another_begins)
+        with pytest.raises(ConfigError, match=rf"client\.store={store} {said}"):
+            fedssl.run(small(tmp_path / "run", "strategy=local_only", f"client.store={store}"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert ClientStore(store).versions(0) == [1]
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "run"])
+def test_a_run_has_its_store_for_as_long_as_it_lasts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run directory itself may be it: it is not taken twice."""
+    summarise = simulation.summarise
+    refusals: list[str] = []
+
+    def look(*run: Any) -> dict[str, Any]:  # when all rounds are done
+        with pytest.raises(ConfigError) as caught, held(tmp_path / name, "", ""):
+            pass
+        refusals.append(str(caught.value))
+        return summarise(*run)
+
+    monkeypatch.setattr(simulation, "summarise", look)
+    overrides = (f"client.store={tmp_path / name}", "evaluate.every=9", "federation.num_rounds=1")
+    assert fedssl.run(small(tmp_path / "run", "strategy=local_only", *overrides))["status"] == "completed"
+    assert [f"in use by process {os.getpid()} on " in refusal for refusal in refusals] == [True]
+    assert not (tmp_path / name / LOCK).exists()
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from fedssl.resuming import DEPLOYMENT
 from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
 
 MAX_MAPPED = 1000  # public images on the map
+OTHER_STORE = "choose another folder for each run (in a sweep, leave client.store out)"
 
 
 def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> dict[str, Any]:
@@ -57,8 +58,8 @@ def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> d
         What `summary.json` holds. `status` is "stopped" where `max_seconds` ended the run.
 
     Raises:
-        FedSSLError: bad input (`ConfigError`), another process in the run directory too, or too few replies
-            (`TooFewRepliesError`).
+        FedSSLError: bad input (`ConfigError`), also another process in the run directory or in `client.store`, or too
+            few replies (`TooFewRepliesError`).
     """
     config = _own_copy(config)
     check_values(config)
@@ -67,14 +68,18 @@ def run(config: Mapping[str, Any], *, deployed: DeployedGrid | None = None) -> d
     check_free(run_dir, *in_use)
     _check_empty(run_dir)
     if moved := config["client"].get("store"):
-        config["client"]["store"] = str(Path(moved).expanduser().absolute())  # wherever the run is resumed
-        _claim_store(Path(config["client"]["store"]))
+        store = Path(moved).expanduser().absolute()
+        config["client"]["store"] = str(store)  # wherever the run is resumed
+        check_free(store, f"client.store={store}", OTHER_STORE)
+        _check_unclaimed(store)
     setup = _setup(config, None, deployed)
     strategy = build_strategy(setup)
     config["federation"]["report_family"] = setup.report_family  # the one that was chosen, for those who read the run
     _make_writable(run_dir, "run_dir")
-    with held(run_dir, *in_use):
+    with held(run_dir, *in_use), _held_store(config, run_dir, OTHER_STORE):
         _check_empty(run_dir)  # another may have begun since
+        if moved:
+            _check_unclaimed(store)
         write_text(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         setup.data.save(run_dir / "partition.npz")
         write_json(run_dir / "manifest.json", manifest(config, data=_digests(setup)))
@@ -100,9 +105,10 @@ def resume(config: Mapping[str, Any], run_dir: Path, *, deployed: DeployedGrid |
             f"resume={run_dir} goes on with it"
         )
     _make_writable(run_dir, "resume")
-    with held(run_dir, f"resume={run_dir}", "end it there, or wait until it has ended, and resume again"):
-        if moved := config["client"].get("store"):
-            _make_writable(Path(moved), "client.store")
+    advice = "end it there, or wait until it has ended, and resume again"
+    if moved := config["client"].get("store"):
+        _make_writable(Path(moved), "client.store")
+    with held(run_dir, f"resume={run_dir}", advice), _held_store(config, run_dir, advice):
         setup = _setup(config, run_dir, deployed)
         _check_memory(setup, run_dir)
         strategy = build_strategy(setup)
@@ -262,13 +268,24 @@ def store_root(config: Mapping[str, Any], run_dir: Path) -> Path:
     return Path(moved).expanduser() if moved else run_dir / "clients"
 
 
-def _claim_store(folder: Path) -> None:
+@contextlib.contextmanager
+def _held_store(config: Mapping[str, Any], run_dir: Path, advice: str) -> Iterator[None]:
+    """Inside, no other run has this one's `client.store`, which is there; the clients' own writes need no lock."""
+    folder = store_root(config, run_dir)
+    if config["client"].get("store") and folder.resolve() != run_dir.resolve():  # which is held already
+        with held(folder, f"client.store={folder}", advice):
+            yield
+    else:
+        yield
+
+
+def _check_unclaimed(folder: Path) -> None:
     """Refuse a folder with the memory of another run: this run's clients would read it as their own."""
     _make_writable(folder, "client.store")
-    if any(folder.iterdir()):
+    if any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(
-            f"client.store={folder} is not empty, so it may hold what the clients of another run remember. Choose "
-            f"another folder for each run (in a sweep, leave client.store out), or go on with the other run by resume="
+            f"client.store={folder} is not empty, so it may hold what the clients of another run remember: "
+            f"{OTHER_STORE}, or go on with the other run by resume="
         )
 
 

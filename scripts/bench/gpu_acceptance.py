@@ -10,15 +10,16 @@ offered; benchmarks that were not tried come before one that was. No part ends a
 own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most
 16 MiB: acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them
 over), benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the
-sitting, and which one process has at a time.
+sitting. One process at a time has --work, and one --out (its lock is a file beside that folder).
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
-that has the usual scientific packages (jaxtyping, jinja2, matplotlib, pandas, pillow, pyarrow, pyyaml, rich,
-safetensors, scikit-learn, scipy, tensorboard, pytest, pytest-timeout, hypothesis) and nothing of ours, carry these
-wheels, 11 MB for Python 3.12 on x86-64 (measured; cryptography and pycryptodome are 8 of them):
+that has the usual scientific packages (grpcio, httpx, jaxtyping, jinja2, matplotlib, numba, packaging, pandas, pillow,
+pyarrow, pyyaml, rich, safetensors, scikit-learn, scipy, tensorboard, typer, pytest, pytest-timeout, hypothesis) and
+nothing of ours, carry these wheels, 11 MB for Python 3.12 on x86-64 (measured; cryptography and pycryptodome are 8):
   flwr 1.42 (the plain package), hydra-core 1.3, omegaconf<2.4, antlr4-python3-runtime 4.9.3 (only a source: pip wheel),
-  grpcio-health-checking, cryptography, cffi, pycparser, pycryptodome, iterators; for the tests also beartype
+  protobuf<7 (for flwr; grpcio-health-checking, which only Flower's servers import, would have to be <1.82 with it),
+  cryptography, cffi, pycparser, pycryptodome, iterators; for the tests also beartype
 fetched by `pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64
 --platform manylinux2014_x86_64 -d wheels NAME` and installed there by
 `pip install --no-index --no-deps --target site wheels/*.whl`, with PYTHONPATH=site. fedssl itself is not installed.
@@ -62,13 +63,15 @@ NEEDED = {  # module -> package, for whom
     "omegaconf": "omegaconf<2.4: rows, tests",
     "antlr4": "antlr4-python3-runtime==4.9.3: rows, tests",
     "grpc": "grpcio: flwr",
-    "grpc_health": "grpcio-health-checking: flwr",
     "cryptography": "cryptography: flwr",
+    "_cffi_backend": "cffi: flwr",
+    "httpx": "httpx: flwr",
+    "typer": "typer: flwr",
     "packaging": "packaging: flwr",
     "Crypto": "pycryptodome: flwr",
     "iterators": "iterators: flwr",
     "jaxtyping": "jaxtyping: rows, tests",
-    "google.protobuf": "protobuf: flwr",
+    "google.protobuf": "protobuf<7: flwr",
     "sklearn": "scikit-learn: rows, tests",
     "PIL": "pillow: rows, tests",
     "scipy": "scipy: tests",
@@ -323,7 +326,8 @@ class Acceptance:
         log = self.args.work / f"{name.replace(' ', '-')}.log"
         part = run(name, command, limit, log)
         self.parts.append(part)
-        print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}", flush=True)
+        why = "" if part.went_well else f", {(part.tail.strip().splitlines() or ['no output'])[-1]}"
+        print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}{why}", flush=True)
         self.write()
         return log
 
@@ -391,7 +395,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for folder in (args.out, args.work):
             folder.mkdir(parents=True, exist_ok=True)
-        with held(args.work, f"--work {args.work}", "wait until it has ended, or name another folder"):
+        out = args.out.resolve()
+        advice = "wait until it has ended, or name another folder"
+        with (
+            held(args.work, f"--work {args.work}", advice),
+            held(out.parent, f"--out {args.out}", advice, name=f".{out.name}.lock"),  # beside it: a kill leaves it
+        ):
             acceptance = Acceptance(args)
             try:
                 return acceptance()

@@ -34,7 +34,7 @@ from bench import rows
 from bench.rows import Row, Table, load_table, read_results
 
 from fedssl.config import compose, fill_in
-from fedssl.errors import ConfigError, FedSSLError
+from fedssl.errors import ConfigError, DataError, FedSSLError
 from fedssl.lock import held
 from fedssl.settings import of_every_sitting
 
@@ -502,7 +502,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             return _measure(args, table)
     except FedSSLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        here = " (Here data.root is --data.)" if isinstance(error, DataError) else ""
+        print(f"error: {error}{here}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
