@@ -437,6 +437,23 @@ def test_a_row_of_shards_is_the_mean_of_runs_on_the_partitions_of_the_whole(tiny
         assert [list(part) for part in own.partitions] == [list(whole.partitions[shard])]
 
 
+def test_runs_that_a_result_has_complete_are_not_made_again_on_another_machine(tiny: Path, capsys: Any) -> None:
+    _, whole = measure(tiny, "alone", "work")
+    output = tiny.parent / "elsewhere-alone.json"
+    second = {**whole["runs"][1], "status": "not started", "rounds": 0, "measured": None, "untrained": None}
+    began = {**whole, "measured": None, "holds": None, "runs": [whole["runs"][0], second]}
+    output.write_text(json.dumps(began))
+    assert "3 of 6 rounds, mean of 1 so far" in rows.progress(began)
+    code, result = measure(tiny, "alone", "elsewhere")
+    assert code == reproduce.OK
+    assert without_clock(result) == without_clock(whole)
+    assert [path.name for path in (tiny.parent / "elsewhere" / "alone").glob("shard-?")] == ["shard-2"]
+    capsys.readouterr()
+    output.write_text(json.dumps({**began, "data_sha256": dict.fromkeys(whole["data_sha256"], "0" * 64)}))
+    assert measure(tiny, "alone", "elsewhere")[0] == 2
+    assert "were trained on different images" in capsys.readouterr().err
+
+
 def test_what_a_result_holds(tiny: Path) -> None:
     code, full = measure(tiny, "missed", "work")
     assert code == reproduce.MISSED
@@ -635,19 +652,44 @@ def test_a_verdict_is_of_the_rows_numbers_and_settings_of_today(tiny: Path, monk
 
 def test_results_are_added_to_the_table(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     _, result = measure(tiny, "averaged", "work")
+    none = {**result, "runs": [{**run, "measured": None} for run in result["runs"]]}
     folder = tiny.parent / "results"
     folder.mkdir()
     monkeypatch.setattr(rows, "RESULTS", folder)
     brought = {
         "reproduce-averaged.json": result,
-        "reproduce-alone.json": {**result, "measured": None},
+        "reproduce-alone.json": {**none, "measured": None},
     }
     (tiny.parent / "brought.json").write_text(json.dumps(brought))
     assert reproduce.main(["--add", str(tiny.parent / "brought.json"), "--rows", str(tiny)]) == 0
     assert [path.name for path in folder.iterdir()] == ["reproduce-averaged.json"]
     said = capsys.readouterr().out
     assert "reproduce-averaged.json: added" in said
-    assert "reproduce-alone.json: unfinished, left out" in said
+    assert "reproduce-alone.json: no run of it is complete, left out" in said
+
+
+def test_a_result_with_some_runs_is_added_and_replaced_by_one_with_more(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, whole = measure(tiny, "alone", "work")
+    some = {
+        **whole,
+        "measured": None,
+        "holds": None,
+        "runs": [whole["runs"][0], {**whole["runs"][1], "measured": None}],
+    }
+    folder = tiny.parent / "results"
+    folder.mkdir()
+    monkeypatch.setattr(rows, "RESULTS", folder)
+    for brought, kept, said in (
+        (some, some, "added, "),
+        (whole, whole, "added\n"),
+        (some, whole, "has more, left out"),
+    ):
+        (tiny.parent / "brought.json").write_text(json.dumps({"reproduce-alone.json": brought}))
+        assert reproduce.main(["--add", str(tiny.parent / "brought.json"), "--rows", str(tiny)]) == 0
+        assert json.loads((folder / "reproduce-alone.json").read_text()) == kept
+        assert said in capsys.readouterr().out
 
 
 A_RESULT: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""One epoch of a client with its backbone compiled, or its steps replayed, against the epoch without, family by family."""
+"""One epoch of a client with its backbone compiled, or its steps replayed, against the epoch without, by family."""
 
 import os
 import tempfile

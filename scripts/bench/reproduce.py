@@ -10,6 +10,8 @@ A row runs as `fedssl` would (grid=in_process), in WORK/<row>. An interruption o
 it falls into, or, where clients work long (federation.keep_replies_after), only that client's work. --seconds S starts
 nothing of which earlier rounds, of this run or of another shard, say that it would end later, and what still runs then
 is interrupted. An attempt that got nowhere is remembered in the result: with no more seconds it is not made again.
+The completed runs of an unfinished result are not made again where WORK has gone, as between machines that are lent;
+without WORK and the result a row starts anew.
 The result is written when a run begins and when the command ends: `measured` and `holds` are null until the row is
 whole, and `holds` always for a shrunken one; `machines` are all that had a part in it. Rows can be measured at the same
 time in one WORK; a second process on the same row ends with exit code 2.
@@ -291,11 +293,11 @@ def settled_copy(jobs: Sequence[Job], work: Path) -> str:
     return path.read_text()
 
 
-def earlier(output: Path, row: Row, table: Table) -> dict[str, Any]:
+def earlier(output: Path, row: Row, table: Table, *, shrunken: bool) -> dict[str, Any]:
     """The result of the sitting before; {} where there is none, or one with other settings."""
     try:
         result: dict[str, Any] = json.loads(output.read_text())
-        return result if table.is_of(row, result) else {}
+        return result if table.is_of(row, result) and result["shrunken"] == shrunken else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 
@@ -320,9 +322,14 @@ def result_of(
     shrunken: bool,
     attempts: Mapping[str, Sequence[Mapping[str, Any]]],
     machines: Sequence[Mapping[str, Any]],
+    done: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What the JSON holds: of `attempts`, by job, those that left the run where it is; of `machines` each once."""
-    runs = [state_of(job, work / job.name, row) for job in jobs]
+    """What the JSON holds: of `attempts`, by job, those that left the run where it is; of `machines` each once.
+
+    `done` are the runs, by job, that are taken as an earlier result has them, and `images` the sha256 of theirs.
+    """
+    runs = [dict(done[job.name]) if job.name in done else state_of(job, work / job.name, row) for job in jobs]
     for job, run in zip(jobs, runs, strict=True):
         where = None if run["status"] == "completed" else (run["rounds"], run["replies"])
         run["attempts"] = [a for a in attempts.get(job.name, ()) if (a["rounds"], a["replies"]) == where]
@@ -330,11 +337,11 @@ def result_of(
     measured = mean(values) if None not in values else None
     manifests = [work / job.name / "manifest.json" for job in jobs]
     found = [rows.read_json(path) for path in manifests if path.is_file()]
-    began = found[0] if found else {}
-    if any(rows.images(manifest["data"]) != rows.images(began["data"]) for manifest in found):
+    data = [*([images] if images else []), *(manifest["data"] for manifest in found)]
+    if any(rows.images(other) != rows.images(data[0]) for other in data):
         raise ConfigError(
-            f"the runs in {work} were trained on different images (sha256 in their manifest.json): delete those of the "
-            f"wrong copy, or name another folder with --work."
+            f"the runs in {work} and its result were trained on different images (sha256 in their manifest.json): "
+            f"delete those of the wrong copy, or name another folder with --work."
         )
     known: list[Mapping[str, Any]] = []
     for machine in (*machines, *map(_machine, found)):
@@ -356,7 +363,7 @@ def result_of(
         "beside": row.beside,
         "seed": config["seed"],
         "seconds": sum(run["seconds"] for run in runs),
-        "data_sha256": began.get("data", {}),
+        "data_sha256": data[0] if data else {},
         "machines": known,
     }
     return {**result, "tolerance": row.tolerance_of(result), "holds": row.holds(result)}
@@ -371,15 +378,23 @@ def reproduce(
     started = time.monotonic()
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
     output.parent.mkdir(parents=True, exist_ok=True)
-    before = earlier(output, row, table)
+    before = earlier(output, row, table, shrunken=shrunken)
     attempts = {
         job.name: list(run.get("attempts", ())) for job, run in zip(jobs, before.get("runs", ()), strict=bool(before))
     }
-    goes_on = any((work / job.name).is_dir() for job in jobs)
+    done = {
+        job.name: run
+        for job, run in zip(jobs, before.get("runs", ()), strict=bool(before))
+        if run["status"] == "completed" and before["measured"] is None and not (work / job.name).is_dir()
+    }
+    goes_on = done or any((work / job.name).is_dir() for job in jobs)
     machines = list(before.get("machines", ())) if goes_on else []
 
     def written() -> dict[str, Any]:
-        result = result_of(row, table, jobs, work, shrunken=shrunken, attempts=attempts, machines=machines)
+        result = result_of(
+            row, table, jobs, work, shrunken=shrunken, attempts=attempts, machines=machines, done=done,
+            images=before.get("data_sha256", {}) if done else {},
+        )  # fmt: skip
         write_json(output, result)
         return result
 
@@ -387,6 +402,8 @@ def reproduce(
     begun = started  # what was spent before its first run counts as that run's
     try:
         for job, run in zip(jobs, written()["runs"], strict=True):
+            if job.name in done:
+                continue
             if run["status"] == "completed":
                 advance(job.config, work / job.name, None)  # nothing to do, but it refuses a run with other settings
                 continue
@@ -441,7 +458,9 @@ def show(table: Table) -> None:
 
 
 def add(path: Path, table: Table) -> None:
-    """Write the results in `path` (by file name) to benchmarks/results: whole ones with the rows' settings of today.
+    """Write the results in `path` (by file name) to benchmarks/results: those with the rows' settings of today.
+
+    One that is not whole is taken over where a run of it is complete, and goes on from there.
 
     Raises:
         ConfigError: the file, or one of its results, is none; then nothing is written.
@@ -456,15 +475,18 @@ def add(path: Path, table: Table) -> None:
         if name not in known:
             raise ConfigError(f"{path} has a result {name}, which is of no row in benchmarks/rows.yaml")
         rows.checked(result, f"{name} in {path}")
+    there = read_results(table, rows.RESULTS)
     for name, result in brought.items():
         row = known[name]
-        if not (rows.is_measured(result) or result.get("changed")):
-            print(f"{name}: unfinished, left out")
+        if not (rows.num_completed(result) or result.get("changed")):
+            print(f"{name}: no run of it is complete, left out")
         elif result.get("changed") or name != row.file(result["shrunken"]) or not table.is_of(row, result):
             print(f"{name}: made with other settings than the row has now, left out")
+        elif rows.num_completed(result) < rows.num_completed(there.get(name)):
+            print(f"{name}: {rows.RESULTS / name} has more, left out")
         else:
             write_json(rows.RESULTS / name, result)
-            print(f"{name}: added")
+            print(f"{name}: added" + ("" if rows.is_measured(result) else f", {rows.progress(result)}"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

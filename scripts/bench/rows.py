@@ -187,6 +187,13 @@ def is_measured(result: Mapping[str, Any] | None) -> bool:
     return result is not None and result["measured"] is not None
 
 
+def num_completed(result: Mapping[str, Any] | None) -> int:
+    """Runs that are; 0 where there is no result with the row's settings of today."""
+    if result is None or result.get("changed"):
+        return 0
+    return sum(run["measured"] is not None for run in result["runs"])
+
+
 def verdict(row: Row, result: Mapping[str, Any] | None) -> str:
     """In words, of the full row, by its numbers of today."""
     if result is None:
@@ -202,6 +209,9 @@ def progress(result: Mapping[str, Any]) -> str:
     """How far an unfinished row is, and what did not fit into a sitting."""
     runs = result["runs"]
     text = f"{sum(run['rounds'] for run in runs)} of {sum(run['num_rounds'] for run in runs)} rounds"
+    if len(runs) > 1 and num_completed(result):
+        values = [run["measured"] for run in runs if run["measured"] is not None]
+        text += f", mean of {len(values)} so far {percent(mean(values))}"
     if replies := sum(run.get("replies", 0) for run in runs):
         text += f", {replies} clients of the next"
     for run in runs:
