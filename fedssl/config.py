@@ -105,7 +105,7 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     search_path = [o for o in hydra_config.overrides.hydra if o.split("=")[0] == "hydra.searchpath"]  # a user's folder
     if choices.get("experiment") is not None:
         _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task), search_path)
-    _fit_to_the_ensemble(config)
+    _fill_in_what_goes_together(config, search_path)
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     for key in SAID_TO_THE_COMMAND:
@@ -138,7 +138,7 @@ def unread(config: DictConfig, overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if override.lstrip("+").split("=")[0].split(".")[0] in idle]
 
 
-def _fit_to_the_ensemble(config: DictConfig) -> None:
+def _fill_in_what_goes_together(config: DictConfig, search_path: Sequence[str]) -> None:
     """Fill in `embedding`, `distill.loss` and `distill.views` where they are null.
 
     Rows that sum to 1 are the paper's path. A student that learns coordinates of photographs sees them shifted and
@@ -153,7 +153,8 @@ def _fit_to_the_ensemble(config: DictConfig) -> None:
     photographs = config.views.get("_target_") == COLOUR_VIEWS
     if config.distill.views is None and config.distill.loss == "coordinates" and photographs:
         same = {key: config.views[key] for key in ("flip_probability", "mean", "std")}
-        config.distill.views = OmegaConf.merge(OmegaConf.load(conf_dir() / "views" / "shift.yaml"), same)
+        shift = hydra.compose(CONFIG_NAME, ["views@distill.views=shift", *search_path]).distill.views
+        config.distill.views = OmegaConf.merge(shift, same)
 
 
 def _let_chosen_groups_win(

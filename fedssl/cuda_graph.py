@@ -5,10 +5,11 @@ so the GPU waits for one core most of the time. After a few ordinary steps the n
 the recording is replayed: the same kernels on the same memory, with random numbers that go on as they would have.
 """
 
+import functools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,17 @@ from fedssl.errors import FedSSLError
 log = logging.getLogger(__name__)
 
 ORDINARY = 3  # steps of a batch size before one is recorded: memory, kernels and the optimiser's state are there
+WORTH = 10  # steps of a batch size from which a recording pays
 SYNCHRONISES = "called a synchronizing CUDA operation"  # as torch.cuda.set_sync_debug_mode warns
 
-# Images of a batch -> scalars that stay on the device, by name. All that it changes are tensors, in place: what Python
-# remembers from step to step would be recorded as it was.
+# Images of a batch -> scalars that stay on the device, by name. All that changes from step to step are tensors, in
+# place: what Python remembers would be recorded as it was.
 TakeStep = Callable[[Int64[Tensor, " b"]], dict[str, Tensor]]
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether steps on this device can be recorded, with generators of their own (torch 2.5 and newer)."""
+    return device.type == "cuda" and hasattr(torch.cuda.CUDAGraph, "register_generator_state")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,74 +44,74 @@ class Recording:
 
 
 class Replayed:
-    """Takes steps; on a GPU, where that is possible, most of them as a replay of one that was recorded.
+    """Takes the steps of a training, most of them as a replay of one that was recorded.
 
-    What makes it impossible is noticed in an ordinary step: one that reads from the device, which the log names, or one
-    that puts new tensors in the place of a network's, as queues do that still fill. Each size of batches has its own
-    recording.
+    What makes that impossible is noticed in an ordinary step: one that reads from the device, which the log says, or
+    one that puts new tensors in the place of a network's, as queues do that still fill. Each size of batches has its
+    own recording. The step is handed to each call, not held: what it belongs to may hold this.
 
     Args:
-        step: one step.
+        steps: how many there will be, by images in a batch; of a size of which there are too few, or none here, none is
+            recorded.
         networks: whose parameters and buffers the step changes.
         generators: on the device, that it draws from, beside torch's own.
-        device: where it computes.
-        wanted: whether to record at all.
     """
 
     def __init__(
-        self,
-        step: TakeStep,
-        *,
-        networks: Sequence[nn.Module],
-        generators: Sequence[torch.Generator],
-        device: torch.device,
-        wanted: bool,
+        self, *, steps: Mapping[int, int], networks: Sequence[nn.Module], generators: Sequence[torch.Generator]
     ) -> None:
-        self._step = step
+        self._sizes = {size for size, count in steps.items() if count >= WORTH}
         self._networks = networks
         self._generators = generators
-        self._possible = wanted and device.type == "cuda" and hasattr(torch.cuda.CUDAGraph, "register_generator_state")
         self._taken: Counter[int] = Counter()  # ordinary steps, by images in the batch
         self._recordings: dict[int, Recording] = {}
 
-    def __call__(self, rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
-        """One step on the images `rows`; what it returned.
+    def __call__(self, step: TakeStep, rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
+        """One `step`, the same in every call, on the images `rows`; what it returned.
 
         Raises:
             FedSSLError: the recording failed, although an ordinary step looked as if it could be recorded.
         """
-        if not self._possible:
-            return self._step(rows)
-        if (recording := self._recordings.get(len(rows))) is None:
-            self._taken[len(rows)] += 1
-            if self._taken[len(rows)] < ORDINARY:
-                return self._step(rows)
-            if self._taken[len(rows)] == ORDINARY:
-                return self._watched(rows)
-            recording = self._recordings[len(rows)] = self._record(rows)
+        size = len(rows)
+        if size not in self._sizes:
+            return step(rows)
+        if (recording := self._recordings.get(size)) is None:
+            self._taken[size] += 1
+            if self._taken[size] < ORDINARY:
+                return step(rows)
+            if self._taken[size] == ORDINARY:
+                return self._watched(step, rows)
+            recording = self._recordings[size] = self._record(step, rows)
         recording.rows.copy_(rows)
         recording.replay()
         return {name: value.clone() for name, value in recording.measures.items()}
 
-    def _watched(self, rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
+    def end(self) -> None:
+        """Give the memory of the recordings back: other processes on the GPU, and this one's next training, need it."""
+        if self._recordings:
+            self._recordings.clear()
+            torch.cuda.empty_cache()
+
+    def _watched(self, step: TakeStep, rows: Int64[Tensor, " b"]) -> dict[str, Tensor]:
         """An ordinary step that shows whether it can be recorded."""
-        before = list(self._addresses())
+        before = [tensor.detach() for tensor in self._tensors()]  # held, or a new one may lie where an old one did
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                measures = self._step(rows)
+                measures = step(rows)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         if any(SYNCHRONISES in str(warning.message) for warning in caught):
-            self._give_up("it reads from the device")
-        elif list(self._addresses()) != before:  # a queue that fills; the next step is watched again
-            self._taken[len(rows)] -= 1
+            self._sizes.clear()
+            _warn_of_reading()
+        elif [tensor.data_ptr() for tensor in self._tensors()] != [tensor.data_ptr() for tensor in before]:
+            self._taken[len(rows)] -= 1  # a queue that fills; the next step is watched again
             log.debug("client.cuda_graphs: a step that replaces tensors, instead of changing them, is not recorded")
         return measures
 
-    def _record(self, rows: Int64[Tensor, " b"]) -> Recording:
+    def _record(self, step: TakeStep, rows: Int64[Tensor, " b"]) -> Recording:
         """Of what happens here, the device does nothing yet."""
         rows = rows.clone()
         graph = torch.cuda.CUDAGraph()
@@ -112,18 +119,24 @@ class Replayed:
             graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                measures = self._step(rows)
-        except RuntimeError as error:  # torch's own generator is of no use in this process any more
+                measures = step(rows)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # ending a recording that failed is an error of its own
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause from None
             raise FedSSLError(
-                f"a training step could not be recorded as a CUDA graph: {' '.join(str(error).split())[:300]}. Set "
-                f"client.cuda_graphs=false, which launches every step as it is."
+                f"a step could not be recorded as a CUDA graph: {' '.join(str(cause).split())[:300]}. Set "
+                f"client.cuda_graphs=false, which launches every step as it is; this process is of no further use."
             ) from error
         return Recording(rows=rows, measures=measures, replay=graph.replay)
 
-    def _give_up(self, why: str) -> None:
-        log.warning("client.cuda_graphs: this step cannot be recorded (%s), so each is launched as it is.", why)
-        self._possible = False
-
-    def _addresses(self) -> Iterator[int]:
+    def _tensors(self) -> Iterator[Tensor]:
         for network in self._networks:
-            yield from (tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers()))
+            yield from network.parameters()
+            yield from network.buffers()
+
+
+@functools.cache
+def _warn_of_reading() -> None:
+    """Once a process."""
+    log.warning("client.cuda_graphs: steps that read from the device are not recorded but launched as they are.")

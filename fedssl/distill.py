@@ -53,7 +53,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fedssl.anchors import Queue, filling_order
-from fedssl.cuda_graph import Replayed
+from fedssl.cuda_graph import Replayed, can_record
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.ensemble import EnsembleTarget, Target, check_temperature
@@ -321,7 +321,7 @@ class Distiller:
         self.head: nn.Module | None = None
         if distillation.loss == "coordinates":
             self.coordinates, self.head = self._regression(target, generator(seed, "coordinates", round_num))
-        replays = cuda_graphs and device.type == "cuda" and not distillation.changes_temperature
+        replays = cuda_graphs and can_record(device) and not distillation.changes_temperature
         self.optimiser, self.schedule = distillation.optimisation.build(
             [*student.parameters(), *(self.head.parameters() if self.head else ())],
             total_steps=distillation.num_steps(n),
@@ -343,9 +343,8 @@ class Distiller:
             self.queue = Queue(target.num_anchors if self.cyclic else distillation.queue_size)
             if distillation.warmup == "once":
                 self._fill_queue()
-        self._take_or_replay = Replayed(
-            self._take, networks=self.networks, generators=(self.views_rng,), device=device, wanted=replays
-        )
+        steps = {min(distillation.batch_size, n): distillation.num_steps(n)} if replays else {}
+        self._replayed = Replayed(steps=steps, networks=self.networks, generators=(self.views_rng,))
 
     def epoch(self, epoch: int, inside: Step = plain) -> dict[str, Float[Tensor, " steps"]]:
         """One pass over the public set, `epoch` counts from 0; what `step` returns for each of its gradient steps.
@@ -368,6 +367,10 @@ class Distiller:
                 steps.append(self.step(rows))
         return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
+    def end(self) -> None:
+        """After the last epoch."""
+        self._replayed.end()
+
     def step(self, rows: Int64[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         """One gradient step on the public images `rows`.
 
@@ -376,7 +379,7 @@ class Distiller:
             are anchors, `cross_entropy` and `target_entropy`; where they have a weight, `contrastive_loss` and
             `feature_distance`.
         """
-        measures = self._take_or_replay(rows)
+        measures = self._replayed(self._take, rows)
         self.schedule.step()
         return measures
 
@@ -542,6 +545,7 @@ def distill(
                 measures = distiller.epoch(epoch, inside)
                 _check_finite(measures["loss"], epoch * len(measures["loss"]), images.name)
                 epochs.append({name: values.mean().item() for name, values in measures.items()})
+        distiller.end()
 
     student.eval()
     n, last = len(images), epochs[-1]

@@ -6,6 +6,7 @@ weights, the images and the seed; on the CPU with a fixed number of threads the 
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fedssl.cuda_graph import Replayed
+from fedssl.cuda_graph import Replayed, can_record
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.errors import ConfigError, FedSSLError
@@ -29,7 +30,8 @@ from fedssl.models import Model, calibrate_batch_norm
 from fedssl.models.compiled import compiled
 from fedssl.seeding import generator, seeded_init
 
-# What a strategy adds to the method's loss: (model, x1, x2) -> a scalar.
+# What a strategy adds to the method's loss: (model, x1, x2) -> a scalar. As in a `fedssl.methods.Method`, nothing that
+# Python remembers may change from step to step.
 Penalty = Callable[[Model, Tensor, Tensor], Tensor]
 
 OPTIMISERS = ("adam", "sgd")
@@ -186,7 +188,7 @@ def train(
     state = method.new_state(model).to(device).train()
     if memory:
         state.load_state_dict(memory)
-    replays = cuda_graphs and device.type == "cuda"
+    replays = cuda_graphs and can_record(device)
     optimiser, schedule = optimisation.build(
         model.parameters(), total_steps=total_steps, round_num=round_num, num_rounds=num_rounds, recorded=replays
     )
@@ -225,12 +227,14 @@ def train(
             calibrate_batch_norm(model, views(pixels[rows], generator(seed, "calibration", round_num, device=device)))
         with torch.no_grad(), autocast(), step(usual=False):
             method.prepare(model, state, _endless_views(pixels, views, batch_sizes, seed, round_num))
-        take_or_replay = Replayed(take, networks=(model, state), generators=(views_rng,), device=device, wanted=replays)
+        num_epochs = math.ceil(total_steps / len(batch_sizes))
+        sizes = {size: num * num_epochs for size, num in Counter(batch_sizes).items()} if replays else {}
+        replayed = Replayed(steps=sizes, networks=(model, state), generators=(views_rng,))
         for epoch in count(1):
             taken: list[dict[str, Tensor]] = []
             order = torch.randperm(len(pixels), generator=order_rng).to(device)
             for rows in torch.split(order[: sum(batch_sizes)], batch_sizes)[: total_steps - done]:
-                taken.append(take_or_replay(rows))
+                taken.append(replayed(take, rows))
                 schedule.step()
                 image_passes += 2 * len(rows)
             epoch_losses.append(
@@ -239,6 +243,7 @@ def train(
             done += len(taken)
             if done == total_steps:
                 break
+        replayed.end()
 
     model.eval()
     if memory is not None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedssl.config import compose, instantiate
+from fedssl.cuda_graph import WORTH
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError
 from fedssl.federation.model_pool import ModelPool
@@ -89,27 +90,25 @@ def test_what_follows_the_model_is_compiled_too(graphs: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # an error while torch compiles would only leave the network as it is
-@pytest.mark.parametrize("mode", compiled.MODES)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("name", ["simclr", "byol", "moco"])
-def test_on_a_gpu_it_is_the_same_training_with_and_without_graphs(name: str, mode: str) -> None:
-    """Five steps: graphs are recorded in the second and replayed from the third on."""
+def test_on_a_gpu_it_is_the_same_training_with_and_without_replays(name: str, cuda_graphs: bool) -> None:
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     method = instantiate(compose([f"method={name}"])["method"])
     results = []
-    for compile_mode in (None, mode):
+    for compile_mode in (None, "default"):
         plain = new_model()
         with seeded_init(0, "heads"):
             model = Model(plain.backbone, plain.projector, method.heads(8))
         cuda = {"method": method, "device": torch.device("cuda"), "compile_mode": compile_mode}
-        results.append((run(model, 5 * BATCH, **cuda), model))
+        results.append((run(model, WORTH * BATCH, cuda_graphs=cuda_graphs, **cuda), model))
     (expected, plain), (measured, fast) = results
     assert measured["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     for (key, value), other in zip(plain.state_dict().items(), fast.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, rtol=1e-2, atol=1e-3, msg=key)
     assert counters["stats"]["unique_graphs"] == (1 if name == "simclr" else 2)
-    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_networks_are_afterwards_as_they_were_and_copies_are_plain() -> None:

@@ -1,6 +1,8 @@
 """Replayed steps: the ordinary training in less time, or, where a step cannot be recorded, the ordinary training."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fedssl.config import compose, instantiate
-from fedssl.cuda_graph import ORDINARY, Recording, Replayed
+from fedssl.cuda_graph import ORDINARY, WORTH, Recording, Replayed, TakeStep, _warn_of_reading
 from fedssl.data.images import ImageSet
+from fedssl.distill import Distiller
 from fedssl.ensemble import EnsembleTarget, MeanKernel, RowMean
 from fedssl.errors import FedSSLError
 from fedssl.methods import Method
@@ -26,8 +29,7 @@ from tests import test_distill
 
 CUDA = torch.device("cuda")
 BATCH = 8
-EPOCHS = 4
-STEPS = 6 * EPOCHS  # five batches and a smaller one
+EPOCHS = 4  # of five batches and a smaller one, of which there are too few
 
 
 # -- which batches are replayed, by recordings that only remember what is called with what -----------------------------
@@ -36,22 +38,17 @@ class Remembering(Replayed):
 
     replays = 0
 
-    def _watched(self, rows: Tensor) -> dict[str, Tensor]:
-        return self._step(rows)
+    def _watched(self, step: TakeStep, rows: Tensor) -> dict[str, Tensor]:
+        return step(rows)
 
-    def _record(self, rows: Tensor) -> Recording:
+    def _record(self, step: TakeStep, rows: Tensor) -> Recording:
         recording = Recording(rows=rows.clone(), measures={"loss": torch.zeros(())}, replay=lambda: replay())
 
         def replay() -> None:
-            recording.measures["loss"].copy_(self._step(recording.rows)["loss"])
+            recording.measures["loss"].copy_(step(recording.rows)["loss"])
             self.replays += 1
 
         return recording
-
-
-def remembering(step: Callable[[Tensor], dict[str, Tensor]], **changes: Any) -> Remembering:
-    settings: dict[str, Any] = {"networks": (), "generators": (), "device": CUDA, "wanted": True}
-    return Remembering(step, **(settings | changes))
 
 
 def test_every_size_of_batches_is_replayed_after_some_ordinary_steps() -> None:
@@ -61,36 +58,70 @@ def test_every_size_of_batches_is_replayed_after_some_ordinary_steps() -> None:
         taken.append(rows.tolist())
         return {"loss": rows.sum().float()}
 
-    take = remembering(step)
-    batches = [torch.tensor(rows) for epoch in range(5) for rows in ([epoch, 1], [2, epoch], [epoch])]
-    measured = [take(rows)["loss"] for rows in batches]
+    replayed = Remembering(steps={2: 24, 1: 12}, networks=(), generators=())
+    batches = [torch.tensor(rows) for epoch in range(12) for rows in ([epoch, 1], [2, epoch], [epoch])]
+    measured = [replayed(step, rows)["loss"] for rows in batches]
     assert taken == [rows.tolist() for rows in batches]  # every image once, in order
     assert [int(loss) for loss in measured] == [int(rows.sum()) for rows in batches]  # none overwrites another
-    assert take.replays == 15 - 2 * ORDINARY
+    assert replayed.replays == 36 - 2 * ORDINARY
 
 
-@pytest.mark.parametrize("changes", [{"wanted": False}, {"device": torch.device("cpu")}])
-def test_elsewhere_every_step_is_an_ordinary_one(changes: dict[str, Any]) -> None:
-    take = remembering(lambda rows: {"loss": rows.sum().float()}, **changes)
-    assert [int(take(torch.tensor([i, i]))["loss"]) for i in range(9)] == [2 * i for i in range(9)]
-    assert take.replays == 0
+@pytest.mark.parametrize("steps", [{}, {2: WORTH - 1}, {3: WORTH}])
+def test_without_enough_steps_of_a_size_each_is_an_ordinary_one(steps: dict[int, int]) -> None:
+    replayed = Remembering(steps=steps, networks=(), generators=())
+    measured = [replayed(lambda rows: {"loss": rows.sum().float()}, torch.tensor([i, i]))["loss"] for i in range(WORTH)]
+    assert [int(loss) for loss in measured] == [2 * i for i in range(WORTH)]
+    assert replayed.replays == 0
 
 
-def test_a_recording_that_fails_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing:
-        def __enter__(self) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing")
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_a_recording_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, out_of_memory: bool) -> None:
+    """What ends a recording that failed is an error of its own."""
 
-        def __exit__(self, *_: object) -> None: ...
+    class Ending:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("the capture was invalidated")
+
+    def step(rows: Tensor) -> dict[str, Tensor]:
+        if replayed._taken[1] > ORDINARY:
+            raise (torch.cuda.OutOfMemoryError if out_of_memory else RuntimeError)("the cause")
+        return {}
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock())
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: Failing())
-    monkeypatch.setattr(Replayed, "_watched", lambda self, rows: self._step(rows))
-    take = Replayed(lambda rows: {}, networks=(), generators=(), device=CUDA, wanted=True)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: Ending())
+    monkeypatch.setattr(Replayed, "_watched", lambda self, step, rows: step(rows))
+    replayed = Replayed(steps={1: WORTH}, networks=(), generators=())
     for _ in range(ORDINARY):
-        take(torch.tensor([0]))
-    with pytest.raises(FedSSLError, match=r"not permitted .* Set client\.cuda_graphs=false"):
-        take(torch.tensor([0]))
+        replayed(step, torch.tensor([0]))
+    expected = (torch.cuda.OutOfMemoryError, "the cause")
+    if not out_of_memory:
+        expected = (FedSSLError, r"recorded as a CUDA graph: the cause. Set client\.cuda_graphs=false")
+    with pytest.raises(expected[0], match=expected[1]):
+        replayed(step, torch.tensor([0]))
+
+
+def test_nothing_of_a_distillation_outlives_it() -> None:
+    """Neither images nor recordings wait for Python to collect garbage."""
+    seen: list[weakref.ref[Distiller]] = []
+    original = Distiller.end
+
+    def end(distiller: Distiller) -> None:
+        seen.append(weakref.ref(distiller))
+        original(distiller)
+
+    target = EnsembleTarget(test_distill.clients(32), RowMean(), 0.1)
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Distiller, "end", end)
+            test_distill.run(
+                test_distill.conv_student(), target, test_distill.image_set(32, size=8), test_distill.NUMBERS
+            )
+        assert [there() for there in seen] == [None]
+    finally:
+        gc.enable()
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -117,7 +148,13 @@ class Dropping(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(768, 32), nn.Dropout(0.5), nn.ReLU())
 
 
-def both(backbone: Callable[[], nn.Module], overrides: list[str], method: Method | None = None, **changes: Any) -> Any:
+def both(
+    backbone: Callable[[], nn.Module],
+    overrides: list[str],
+    method: Method | None = None,
+    epochs: int = EPOCHS,
+    **changes: Any,
+) -> Any:
     """The same training without and with replays: metrics, state and model of each."""
     config = compose(overrides)
     results = []
@@ -135,7 +172,7 @@ def both(backbone: Callable[[], nn.Module], overrides: list[str], method: Method
             views=instantiate(config["views"]),
             optimisation=instantiate(config["client"]["optimisation"]),
             batch_size=BATCH,
-            epochs=EPOCHS,
+            epochs=epochs,
             seed=3,
             round_num=1,
             num_rounds=2,
@@ -176,7 +213,7 @@ METHODS = ["simclr", "info_nce", "byol", "simsiam", "moco", "swav", "vicreg", "b
 def test_replayed_training_is_the_ordinary_one(replays: list[None], name: str) -> None:
     """The learning rate changes with every step, and the last batch of an epoch is a smaller one."""
     assert_alike(both(lambda: Conv4(width=4), [f"method={name}", *SGD, *SPECIAL.get(name, [])]))
-    assert len(replays) == STEPS - 2 * ORDINARY
+    assert len(replays) == 5 * EPOCHS - ORDINARY
 
 
 @pytest.mark.gpu
@@ -184,15 +221,15 @@ def test_adam_dropout_and_a_penalty_are_replayed_too(replays: list[None]) -> Non
     def penalty(model: Model, x1: Tensor, x2: Tensor) -> Tensor:
         return 0.01 * model(x1).square().mean() + 0.01 * model(x2).square().mean()
 
-    assert_alike(both(Dropping, ["client.optimisation.schedule=cosine"], penalty=penalty))
-    assert len(replays) == STEPS - 2 * ORDINARY
+    assert_alike(both(Dropping, ["client.optimisation.schedule=cosine"], penalty=penalty, epochs=WORTH))
+    assert len(replays) == 6 * WORTH - 2 * ORDINARY  # the smaller batches, too
 
 
 @pytest.mark.gpu
 def test_half_precision_is_replayed_too(replays: list[None]) -> None:
     (expected, _), (measured, _) = both(lambda: Conv4(width=4), SGD, amp=True)
     assert measured["loss"] == pytest.approx(expected["loss"], rel=1e-2)
-    assert len(replays) == STEPS - 2 * ORDINARY
+    assert len(replays) == 5 * EPOCHS - ORDINARY
 
 
 @dataclass(frozen=True)
@@ -220,10 +257,13 @@ class Growing(Method):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("method", "why"), [(Reading(), "reads from the device"), (Growing(), "replaces tensors")])
+@pytest.mark.parametrize(
+    ("method", "why"), [(Reading(), "steps that read from the device"), (Growing(), "replaces tensors")]
+)
 def test_a_step_that_cannot_be_recorded_is_an_ordinary_one_and_the_log_says_why(
     replays: list[None], caplog: pytest.LogCaptureFixture, method: Method, why: str
 ) -> None:
+    _warn_of_reading.cache_clear()
     with caplog.at_level(logging.DEBUG, logger="fedssl.cuda_graph"):
         assert_alike(both(lambda: Conv4(width=4), SGD, method))
     assert not replays
@@ -248,7 +288,8 @@ def test_replayed_distillation_is_the_ordinary_one(replays: list[None], loss: st
     for cuda_graphs in (False, True):
         student = test_distill.conv_student()
         target = EnsembleTarget(test_distill.clients(64), TARGETS[loss], 0.1)
-        changes = {"device": CUDA, "cuda_graphs": cuda_graphs, "views": test_distill._DeviceViews()}
+        views = instantiate(compose(["views=shift"])["views"])
+        changes = {"device": CUDA, "cuda_graphs": cuda_graphs, "views": views}
         metrics = test_distill.run(student, target, images, numbers, **changes)
         results.append((metrics, student.state_dict()))
     assert_alike(results)

@@ -995,7 +995,7 @@ def test_cuda_with_autocast_agrees_with_the_cpu(monkeypatch: pytest.MonkeyPatch)
     ways = ((CPU, False, None), (cuda, False, None), (cuda, True, None), *((cuda, False, mode) for mode in MODES))
     for device, amp, mode in ways:
         student = conv_student()
-        numbers = replace(NUMBERS, epochs=4, batch_size=32, queue_size=64)  # 4 steps: graphs are recorded in the second
+        numbers = replace(NUMBERS, epochs=4, batch_size=32, queue_size=64)
         target = EnsembleTarget(clients(32), RowMean(), 0.1)
         changes = {"device": device, "amp": amp, "compile_mode": mode, "views": _DeviceViews()}
         metrics = run(student, target, images, numbers, **changes)

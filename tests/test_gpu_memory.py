@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedssl
-from fedssl.cuda_graph import ORDINARY
+from fedssl.cuda_graph import WORTH
 from fedssl.errors import ConfigError
 from fedssl.federation import client, gpu_memory
 from fedssl.federation.gpu_memory import measure
@@ -23,7 +23,7 @@ def test_without_a_gpu_there_is_nothing_to_measure() -> None:
         measure(setup, setup.build_model)
 
 
-def test_steps_of_the_runs_batch_size_are_trained_until_one_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sizes_of_a_clients_batches_are_trained_until_they_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(small(None))
     seen: list[Any] = []
     train = client.train
@@ -35,8 +35,8 @@ def test_steps_of_the_runs_batch_size_are_trained_until_one_is_replayed(monkeypa
 
     monkeypatch.setattr(client, "train", spy)
     for family in FAMILIES:
-        gpu_memory._train_a_batch(setup, setup.build_model, family)
-    assert seen == [(8, 8, float(ORDINARY + 2), network) for network in ("Conv4", "Conv4", "Tiny")]
+        gpu_memory._train_some_steps(setup, setup.build_model, family)
+    assert seen == [(8, 8, float(2 * WORTH), network) for network in ("Conv4", "Conv4", "Tiny")]
 
 
 def test_a_peak_is_what_torch_reserved_and_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_peak_is_what_torch_reserved_and_what_it_does_not_know(monkeypatch: py
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(gpu_memory, "_free_beside_another_process", lambda: 80_000 - 10_000 - 2 * 500)
-    monkeypatch.setattr(gpu_memory, "_train_a_batch", trained)
+    monkeypatch.setattr(gpu_memory, "_train_some_steps", trained)
     monkeypatch.setattr(Setup, "device", torch.device("cuda"))
     setup = Setup(small(None))
     assert measure(setup, setup.build_model) == {"free": 70_000, "conv4_4": 2700, "conv4_2": 2700, "tiny": 3700}

@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedssl.cuda_graph import ORDINARY
+from fedssl.cuda_graph import WORTH
 from fedssl.errors import ConfigError
 from fedssl.federation.setup import Setup
 from fedssl.models import Model
 
 FREE = "import torch; print(torch.cuda.mem_get_info()[0])"
-STEPS = ORDINARY + 2  # two with the optimiser's state beside their activations, and two of a recording
+EPOCHS = WORTH  # of a full batch and a smaller one: so many that both are recorded, as in a worker
 
 
 def measure(setup: Setup, build_model: Callable[[str], Model]) -> dict[str, int]:
-    """Train a batch of each client family in this process, one family after the other, and see what that takes.
+    """Train some steps of each client family in this process, one family after the other, and see what that takes.
 
     What a strategy adds to the training (a second network, a distillation) is not in it. Models stay on the GPU as
     they do in a worker, so a family's peak contains the models of those before it.
@@ -44,7 +44,7 @@ def measure(setup: Setup, build_model: Callable[[str], Model]) -> dict[str, int]
     for family in dict.fromkeys(setup.family(p) for p in setup.data.training_partitions):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        _train_a_batch(setup, build_model, family)
+        _train_some_steps(setup, build_model, family)
         besides = free - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()  # context, libraries
         peaks[family] = besides + torch.cuda.max_memory_reserved()
     return {"free": free, **peaks}
@@ -56,11 +56,12 @@ def _free_beside_another_process() -> int:
     return int(ended.stdout)
 
 
-def _train_a_batch(setup: Setup, build_model: Callable[[str], Model], family: str) -> None:
+def _train_some_steps(setup: Setup, build_model: Callable[[str], Model], family: str) -> None:
     mine = [p for p in setup.data.training_partitions if setup.family(p) == family]
     largest = max(mine, key=lambda p: len(setup.data.partitions[p]))
     client = setup.client(largest, 1)
     images = client.private_set
     _resident = images.take(np.arange(len(images))).to(setup.device)  # training has all of them there
-    batch = images.subset(range(min(len(images), client.local.batch_size)))
-    replace(client, private_set=batch).train(build_model(family).to(setup.device), epochs=STEPS)
+    full, rest = divmod(len(images), client.local.batch_size)
+    batches = images.subset(range(min(full, 1) * client.local.batch_size + rest))
+    replace(client, private_set=batches).train(build_model(family).to(setup.device), epochs=EPOCHS)

@@ -14,7 +14,9 @@ class Method(ABC):
 
     What a method trains beside backbone and projector are the model's `heads`; they travel with its weights. What
     changes from step to step and is not trained (an average of the network, a queue) is its *state*: a module of
-    tensors that is handed to every call, and that a client keeps between its rounds and sends to nobody.
+    tensors that is handed to every call, and that a client keeps between its rounds and sends to nobody. On a GPU a
+    step is recorded and replayed (`fedssl.cuda_graph`): what changes from step to step must be such a tensor, changed
+    in place; a number that Python counts up would stay as it was.
     """
 
     def heads(self, dim: int) -> dict[str, nn.Module]:

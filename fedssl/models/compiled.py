@@ -27,7 +27,10 @@ VARIANTS = 64  # of one forward function that a worker keeps: several families s
 def check_mode(mode: str | None) -> None:
     """Raise ConfigError unless `client.compile` is null or one of `MODES`."""
     if mode is not None and mode not in MODES:
-        raise ConfigError(f"client.compile must be null or one of {', '.join(MODES)}, got {mode!r}.")
+        raise ConfigError(
+            f"client.compile must be null or {' or '.join(MODES)}, got {mode!r}. Set client.compile, or edit it in the "
+            f"config.yaml of a run that is resumed."
+        )
 
 
 @runtime_checkable

@@ -14,7 +14,10 @@ from fedssl.errors import ConfigError
 
 @runtime_checkable
 class Views(Protocol):
-    """Turns uint8 images into normalised float32 inputs of a network, on the images' device."""
+    """Turns uint8 images into normalised float32 inputs of a network, on the images' device.
+
+    What differs from call to call comes from images and generator alone: on a GPU calls are recorded and replayed.
+    """
 
     def __call__(self, images: UInt8[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 s s"]:
         """One random view of each image; call twice for a pair.
