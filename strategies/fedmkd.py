@@ -165,7 +165,7 @@ class Integration(Method):
         a = model.heads["attention"](s, z)
         t = (a[:, :, None] * z).sum(dim=1)
         distilled = momentum_contrast(t, s, state.queue, self.temperature)  # type: ignore[arg-type]
-        state.queue.copy_(torch.cat([s.detach(), state.queue])[: self.queue_size])  # type: ignore[operator, list-item]
+        state.queue = torch.cat([s.detach(), state.queue])[: self.queue_size]  # type: ignore[list-item]
         return self.method_weight * own + self.distill_weight * distilled
 
     def after_step(self, model: Model, state: nn.Module) -> None:

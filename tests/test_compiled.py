@@ -179,5 +179,5 @@ def test_a_compiled_model_is_as_new_after_its_reset(graphs: Any) -> None:
 
 
 def test_a_mode_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"client\.compile must be null or one of default"):
+    with pytest.raises(ConfigError, match=r"client\.compile must be null or default"):
         compiled.check_mode("max-autotune")
