@@ -10,7 +10,7 @@ from typing import Any
 _OF_NO_CONSEQUENCE = (
     "run_dir", "resume", "replay", "max_seconds", "hydra", "data.root", "client.store", "federation.keep_replies_after",
 )  # fmt: skip
-_MACHINE = ("grid", "device")  # figures may depend on it in their last digits
+_MACHINE = ("grid", "device", "client.cuda_graphs")  # figures may depend on it in their last digits
 
 # What a person may change when a run goes on. The rest of OF_A_SITTING is fedssl's to choose, or has files behind it.
 RESUMABLE = (*_MACHINE, "data.root", "max_seconds", "federation.num_rounds")
