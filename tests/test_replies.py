@@ -135,7 +135,8 @@ def test_after_a_kill_on_ray(strategy: str, tmp_path: Path) -> None:
     before = len(trained(tmp_path / "killed"))
     simulation.resume(config, tmp_path / "killed")
     others = [(2, partition) for partition in range(4) if partition not in answered]
-    assert sorted(trained(tmp_path / "killed")[before:]) == others
+    again = trained(tmp_path / "killed")[before:]  # one perhaps twice, where an idle worker took it over
+    assert sorted(set(again)) == others
     fedssl.run(counted(tmp_path / "straight", *overrides))
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
     assert rows(tmp_path / "killed") == rows(tmp_path / "straight")

@@ -195,7 +195,7 @@ def test_what_stands_beside_a_row_is_comparable() -> None:
 def test_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
     text = rows.ROWS.read_text()
     for before, after, message in (
-        ("gpu_minutes: 18 # 3 a shard", "gpu_minute: 18", "row flesd_local_cifar10 has the unknown keys.*gpu_minute"),
+        ("gpu_minutes: 6 # one a shard", "gpu_minute: 18", "row flesd_local_cifar10 has the unknown keys.*gpu_minute"),
         ("beside: fedema_centralized", "beside: fedema_central", "there is no row 'fedema_central'"),
         ("expected: 0.726", "expected: null", "row flesd_local_cifar10: expected, tolerance"),
         ("name: fedema_standalone", "name: lightly_simclr", "two rows lightly_simclr"),
