@@ -153,7 +153,7 @@ def _fill_in_what_goes_together(config: DictConfig, search_path: Sequence[str]) 
     photographs = config.views.get("_target_") == COLOUR_VIEWS
     if config.distill.views is None and config.distill.loss == "coordinates" and photographs:
         same = {key: config.views[key] for key in ("flip_probability", "mean", "std")}
-        shift = hydra.compose(CONFIG_NAME, ["views@distill.views=shift", *search_path]).distill.views
+        shift = hydra.compose("views/shift", list(search_path)).views
         config.distill.views = OmegaConf.merge(shift, same)
 
 

@@ -30,7 +30,7 @@ TakeStep = Callable[[Int64[Tensor, " b"]], dict[str, Tensor]]
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether steps on this device can be recorded, with generators of their own (torch 2.5 and newer)."""
+    """Whether steps on this device can be recorded, with generators of their own, which older versions cannot."""
     return device.type == "cuda" and hasattr(torch.cuda.CUDAGraph, "register_generator_state")
 
 

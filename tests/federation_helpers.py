@@ -1,12 +1,13 @@
 """A federation of seconds, ways to sabotage its clients, and how to read what a run left."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedssl.federation.grids.in_process import InProcess
 from fedssl.federation.records import Upload
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy, load_client_app
+from fedssl.lock import held
 
 torch.set_num_threads(1)  # these networks are too small for two: threads would only wait for each other
 
@@ -194,6 +196,22 @@ def small(run_dir: Path | None = None, *overrides: str) -> dict[str, Any]:
     config = copy.deepcopy(_composed(overrides))
     config["run_dir"] = str(run_dir)
     return config
+
+
+@contextlib.contextmanager
+def another_begins(folder: Path, write: Callable[[], object], *, still_there: bool) -> Iterator[None]:
+    """While a run builds its strategy, another holds `folder`, or has held it, and does `write`."""
+    with contextlib.ExitStack() as other, pytest.MonkeyPatch.context() as patch:
+
+        def build(setup: Setup) -> Strategy:
+            folder.mkdir(exist_ok=True)
+            if still_there:
+                other.enter_context(held(folder, "", ""))
+            write()
+            return build_strategy(setup)
+
+        patch.setattr(simulation, "build_strategy", build)
+        yield
 
 
 def sabotaged(config: dict[str, Any], action: str, *, round_num: int, partitions: list[int], **more: Any) -> Any:

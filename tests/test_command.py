@@ -454,7 +454,10 @@ def test_a_completed_run_is_not_run_again(command: Command, finished: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["strategy=fedavg"], ["strategy=fedavg would change what the run", "cuda_graphs, data.root", "config.yaml"]),
+        (
+            ["strategy=fedavg"],
+            ["strategy=fedavg would change what the run", "grid, device, client.cuda_graphs, data.root", "config.yaml"],
+        ),
         (["client.local_epochs=3"], ["client.local_epochs=3 would change"]),
         (["seed=1"], ["seed=1 would change"]),
         (["-m"], ["a resume takes no option -m: it goes on with one run as ", "config.yaml says; beside resume="]),

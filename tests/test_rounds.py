@@ -1,6 +1,5 @@
 """The loop itself: when it evaluates, what it carries from round to round, what it forgets in time."""
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -18,12 +17,11 @@ from fedssl.errors import ConfigError, TooFewRepliesError
 from fedssl.federation import rounds, simulation
 from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.server import Server
-from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.lock import NAME as LOCK
 from fedssl.lock import held
 from strategies.fedavg import FedAvg
-from tests.federation_helpers import FAMILIES, assert_same, final_arrays, rows, sabotaged, small
+from tests.federation_helpers import FAMILIES, another_begins, assert_same, final_arrays, rows, sabotaged, small
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3]), (3, [0, 3]), (9, [0, 3])])
@@ -141,23 +139,16 @@ def test_a_store_is_one_runs_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("still_there", "said"), [(True, "is in use by process"), (False, "is not empty")])
-def test_a_run_does_not_take_a_store_that_another_has_just_taken(
-    still_there: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_does_not_take_a_store_that_another_has_just_taken(still_there: bool, said: str, tmp_path: Path) -> None:
     """Both have found it empty, and then read their images for a while."""
     store = tmp_path / "store"
-    build = simulation.build_strategy
-    with contextlib.ExitStack() as other:
 
-        def build_while_another_begins(setup: Setup) -> Any:
-            if still_there:
-                other.enter_context(held(store, "", ""))
-            ClientStore(store).write(0, 1, {"seen": torch.ones(1)})
-            return build(setup)
+    def write() -> None:
+        ClientStore(store).write(0, 1, {"seen": torch.ones(1)})
 
-        monkeypatch.setattr(simulation, "build_strategy", build_while_another_begins)
-        with pytest.raises(ConfigError, match=rf"client\.store={store} {said}"):
-            fedssl.run(small(tmp_path / "run", "strategy=local_only", f"client.store={store}"))
+    refused = pytest.raises(ConfigError, match=rf"client\.store={store} {said}")
+    with another_begins(store, write, still_there=still_there), refused:
+        fedssl.run(small(tmp_path / "run", "strategy=local_only", f"client.store={store}"))
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert ClientStore(store).versions(0) == [1]
 

@@ -1,6 +1,5 @@
 """A run from its configuration to its directory: what it leaves, how it fails, resumes and is replayed."""
 
-import contextlib
 import json
 import logging
 import os
@@ -27,11 +26,11 @@ from fedssl.federation.checkpoint import Checkpoints
 from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.lock import NAME as LOCK
-from fedssl.lock import held
 from fedssl.report import compare
 from tests.federation_helpers import (
     FAMILIES,
     ON_RAY,
+    another_begins,
     assert_same,
     final_arrays,
     rows,
@@ -376,24 +375,16 @@ def test_a_run_directory_is_one_process_at_a_time(
 
 
 @pytest.mark.parametrize(("still_there", "said"), [(True, "is in use by process"), (False, "is not empty: choose")])
-def test_a_run_does_not_begin_where_another_has_just_begun(
-    still_there: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_does_not_begin_where_another_has_just_begun(still_there: bool, said: str, tmp_path: Path) -> None:
     """Both have found the directory empty, and then read their images for a while."""
     run_dir = tmp_path / "run"
-    build = simulation.build_strategy
-    with contextlib.ExitStack() as other:
 
-        def build_while_another_begins(setup: Setup) -> Any:
-            run_dir.mkdir()
-            if still_there:
-                other.enter_context(held(run_dir, "", ""))
-            (run_dir / "config.yaml").write_text("another's")
-            return build(setup)
+    def write() -> None:
+        (run_dir / "config.yaml").write_text("another's")
 
-        monkeypatch.setattr(simulation, "build_strategy", build_while_another_begins)
-        with pytest.raises(ConfigError, match=f"run_dir={run_dir} {said}"):
-            fedssl.run(small(run_dir, *FLESD))
+    refused = pytest.raises(ConfigError, match=f"run_dir={run_dir} {said}")
+    with another_begins(run_dir, write, still_there=still_there), refused:
+        fedssl.run(small(run_dir, *FLESD))
     assert [(path.name, path.read_text()) for path in run_dir.iterdir()] == [("config.yaml", "another's")]
 
 

@@ -73,7 +73,7 @@ def compiled(mode: str | None, device: torch.device, *networks: nn.Module) -> It
 
 
 def _call(network: nn.Module, x: Tensor) -> Tensor:
-    """What `nn.Module.compile` compiles, in a frame of ours: torch 2.11 and older skip those of its own Sequential."""
+    """What `nn.Module.compile` compiles, in a frame of ours: torch 2.11 skips those of its own Sequential."""
     features: Tensor = network._call_impl(x)  # type: ignore[no-untyped-call]
     return features
 

@@ -310,17 +310,18 @@ class Acceptance:
         """The next ones without a result, in the table's order, until the time is up; one that fails is passed over."""
         for name in self.names:
             row = self.table.row(name)
+            file = row.file(self.args.dry)
             known = read_results(self.table, *([] if self.args.dry else [rows.RESULTS]), self.results)
-            if rows.is_measured(known.get(row.file(self.args.dry))):
+            if rows.is_measured(known.get(file)):
                 continue
             if self.left < 2 * LAST:
                 return
-            begun, kept = rows.RESULTS / row.file(self.args.dry), self.results / row.file(self.args.dry)
+            begun, kept = rows.RESULTS / file, self.results / file
             if begun.is_file() and not kept.exists() and not self.args.dry:
                 shutil.copyfile(begun, kept)  # runs of it that are complete are not made again
             command = [sys.executable, str(SCRIPTS / "reproduce"), name, "--rows", str(self.args.rows.resolve())]
             command += ["--work", str(self.args.work.resolve()), "--seconds", str(round(self.left - 2 * LAST, 1))]
-            command += ["-o", str((self.results / row.file(self.args.dry)).resolve())]
+            command += ["-o", str(kept.resolve())]
             command += ["--data", str(Path(self.args.data).resolve())] if self.args.data else []
             self.run(f"row {name}", [*command, *(["--cpu"] if self.args.dry else [])], self.left)
 

@@ -379,13 +379,12 @@ def reproduce(
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
     output.parent.mkdir(parents=True, exist_ok=True)
     before = earlier(output, row, table, shrunken=shrunken)
-    attempts = {
-        job.name: list(run.get("attempts", ())) for job, run in zip(jobs, before.get("runs", ()), strict=bool(before))
-    }
+    runs = dict(zip((job.name for job in jobs), before.get("runs", ()), strict=bool(before)))
+    attempts = {name: list(run.get("attempts", ())) for name, run in runs.items()}
     done = {
-        job.name: run
-        for job, run in zip(jobs, before.get("runs", ()), strict=bool(before))
-        if run["status"] == "completed" and before["measured"] is None and not (work / job.name).is_dir()
+        name: run
+        for name, run in runs.items()
+        if run["status"] == "completed" and before["measured"] is None and not (work / name).is_dir()
     }
     goes_on = done or any((work / job.name).is_dir() for job in jobs)
     machines = list(before.get("machines", ())) if goes_on else []

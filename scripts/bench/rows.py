@@ -209,8 +209,8 @@ def progress(result: Mapping[str, Any]) -> str:
     """How far an unfinished row is, and what did not fit into a sitting."""
     runs = result["runs"]
     text = f"{sum(run['rounds'] for run in runs)} of {sum(run['num_rounds'] for run in runs)} rounds"
-    if len(runs) > 1 and num_completed(result):
-        values = [run["measured"] for run in runs if run["measured"] is not None]
+    values = [run["measured"] for run in runs if run["measured"] is not None]
+    if len(runs) > 1 and values:
         text += f", mean of {len(values)} so far {percent(mean(values))}"
     if replies := sum(run.get("replies", 0) for run in runs):
         text += f", {replies} clients of the next"
