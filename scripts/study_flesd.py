@@ -1,12 +1,18 @@
 #!/usr/bin/env python
 """Does similarity exchange win? `scripts/study_flesd.py --data ../shared/data --work DIR`, then `--table` for the page.
 
+The same with `--five-rounds` is whether it declines when rounds follow each other.
+
 CIFAR-10, 5 clients of 4,000 or more private images and 3 architectures, Dirichlet 0.1, and three public sets: 2,000 and
 500 held-out images, 2,000 of Tiny-ImageNet. One round: every client trains 10 epochs; then, per public set and arm, one
 student of the report family takes 600 steps. All arms of a seed have the same partition, the same clients, the same
 initial student and as many steps, so they are compared in pairs. Each run is one line of DIR/flesd_study.csv; what is
 there already is skipped, and trained clients are kept in DIR/trained, so an interrupted study goes on where it was, and
 several processes can share a DIR if they are given different --seeds or --arms.
+
+--five-rounds: whole runs of experiment=cifar10_small as `fedssl` makes them, five rounds of as much work as its one,
+every one evaluated. They are in DIR/five_rounds/<strategy>-<seed>; each round and family is one line of
+DIR/flesd_five_rounds.csv. An interrupted run goes on from its last round.
 """
 
 import argparse
@@ -15,7 +21,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,6 +30,7 @@ from typing import Any
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP_NUM_THREADS="1")
 
 import torch
+from bench.reproduce import advance
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +42,7 @@ from fedssl.federation.client import Broadcast
 from fedssl.federation.records import load_state, model_state
 from fedssl.federation.setup import Setup
 from fedssl.models import Model
+from fedssl.report.runs import Run, read_run
 from fedssl.seeding import derive_seed
 from fedssl.similarity import FactorSimilarity, Similarity, unit_rows
 from fedssl.train import train
@@ -73,6 +81,12 @@ METRICS = ("linear_top1", "knn_top1", "labels1_top1")
 FIELDS = ("public", "arm", "seed", "partition", "family", *METRICS, "steps", "image_passes", "seconds")
 LOCAL, RANDOM = "local", "random"  # arms without a public set
 ALL_ARMS = (RANDOM, LOCAL, *ARMS)
+ROUNDS = (
+    "experiment=cifar10_small", "device=cpu", "federation.num_rounds=5", "client.local_epochs=2", "distill.epochs=10",
+    "evaluate.every=1",
+)  # fmt: skip
+STRATEGIES = ("flesd", "placebo", "public_only")  # of the runs of five rounds
+ROUND_FIELDS = ("strategy", "seed", "round", "family", *METRICS, "seconds")  # of the round; none before the first
 Row = dict[str, str]
 
 
@@ -203,12 +217,74 @@ class Study:
         yield {**base, "family": setup.report_family, **learned, **self.evaluated(model)}
 
 
+# --- five rounds ----------------------------------------------------------------------------------------------------
+def five_rounds(work: Path, data: Path, seeds: Sequence[int], strategies: Sequence[str]) -> None:
+    """All runs that are not in the file yet, seed by seed."""
+    path = work / "flesd_five_rounds.csv"
+    for seed in seeds:
+        for strategy in strategies:
+            if any((row["strategy"], row["seed"]) == (strategy, str(seed)) for row in read(path)):
+                continue
+            run_dir = work / "five_rounds" / f"{strategy}-{seed}"
+            advance(compose([*ROUNDS, f"strategy={strategy}", f"seed={seed}", f"data.root={data}"]), run_dir, None)
+            append(path, ROUND_FIELDS, lines_of(read_run(run_dir), strategy, seed))
+
+
+def lines_of(run: Run, strategy: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Of a run: a line for every round and family."""
+    seconds = dict(zip(run.server["round"], run.server["seconds"], strict=True))
+    for line in run.eval.to_dict("records"):
+        if line["family"] not in run.families:  # raw pixels
+            continue
+        yield {
+            **line,
+            "strategy": strategy,
+            "seed": seed,
+            **({"seconds": seconds[line["round"]]} if line["round"] else {}),
+        }
+
+
+def rounds_markdown(rows: Sequence[Row], family: str) -> str:
+    """The table of one family: after each round the mean over seeds, linear / kNN."""
+    rows = [row for row in rows if row["family"] == family]
+    rounds = sorted({int(row["round"]) for row in rows})
+    lines = [
+        f"| {family}, linear / kNN | before | {' | '.join(map(str, rounds[1:]))} | s a round |",
+        f"|{' --- |' * (len(rounds) + 1)} ---: |",
+    ]
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        own = [row for row in rows if row["strategy"] == strategy]
+        cells = []
+        for number in rounds:
+            there = [row for row in own if row["round"] == str(number)]
+            cells.append(" / ".join(f"{100 * mean(float(row[m]) for row in there):.1f}" for m in METRICS[:2]))
+        seconds = [float(row["seconds"]) for row in own if row["seconds"]]
+        lines.append(f"| `{strategy}` | {' | '.join(cells)} | {mean(seconds):.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 # --- the table ------------------------------------------------------------------------------------------------------
 def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def append(path: Path, fields: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write lines, all or none, and show them."""
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="", extrasaction="ignore", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            row |= {name: f"{row[name]:.4f}" for name in METRICS}
+            row |= {name: f"{row[name]:.0f}" for name in ("steps", "image_passes", "seconds") if name in row}
+            writer.writerow(row)
+            print(*(row.get(name, "") for name in fields), flush=True)
 
 
 def study(work: Path, data: Path, seeds: Sequence[int], publics: Sequence[str], arms: Sequence[str]) -> None:
@@ -222,17 +298,7 @@ def study(work: Path, data: Path, seeds: Sequence[int], publics: Sequence[str], 
             done = [row for row in read(path) if (row["public"], row["arm"], row["seed"]) == (public, arm, str(seed))]
             if done:
                 continue
-            rows = list(one.rows(public, arm))
-            new = not path.exists()
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                for row in rows:
-                    row |= {name: f"{row[name]:.4f}" for name in METRICS}
-                    row |= {name: f"{row[name]:.0f}" for name in ("steps", "image_passes", "seconds") if name in row}
-                    writer.writerow(row)
-                    print(*(row.get(name, "") for name in FIELDS), flush=True)
+            append(path, FIELDS, one.rows(public, arm))
 
 
 class Figures:
@@ -322,20 +388,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/study_flesd"))
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--public", default=",".join(PUBLIC))
-    parser.add_argument("--arms", default=",".join(ALL_ARMS))
+    parser.add_argument("--arms", default=None, help="by default all")
+    parser.add_argument(
+        "--five-rounds", action="store_true", help=f"runs of {', '.join(STRATEGIES)} (--arms), no --public"
+    )
     parser.add_argument("--table", action="store_true", help="only print the tables of WORK/flesd_study.csv")
     given = parser.parse_args(argv)
+    known_arms = STRATEGIES if given.five_rounds else ALL_ARMS
+    if given.table and given.five_rounds:
+        print(rounds_markdown(read(given.work / "flesd_five_rounds.csv"), "conv4_32"), end="")
+        return 0
     if given.table:
         print(markdown(read(given.work / "flesd_study.csv")), end="")
         return 0
-    publics, arms = given.public.split(","), given.arms.split(",")
-    for option, names, known in (("--public", publics, PUBLIC), ("--arms", arms, ALL_ARMS)):
+    publics, arms = given.public.split(","), known_arms if given.arms is None else given.arms.split(",")
+    for option, names, known in (("--public", publics, PUBLIC), ("--arms", arms, known_arms)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"{option} has {', '.join(unknown)}; there are {', '.join(known)}")
     if not all(seed.strip().isdecimal() for seed in given.seeds.split(",")):
         parser.error(f"--seeds are whole numbers with commas between them, got {given.seeds!r}")
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    if given.five_rounds:
+        five_rounds(given.work, given.data, seeds, arms)
+        return 0
     torch.set_num_threads(1)
-    study(given.work, given.data, [int(seed) for seed in given.seeds.split(",")], publics, arms)
+    study(given.work, given.data, seeds, publics, arms)
     return 0
 
 

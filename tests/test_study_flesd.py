@@ -186,6 +186,55 @@ def test_other_images_or_settings_are_trained_anew(data: Path, tmp_path: Path, t
     assert len(trainings) == 3
 
 
+# --- five rounds ------------------------------------------------------------------------------------------------------
+def test_five_rounds_are_runs_of_which_every_round_is_a_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [o for o in TINY if not o.startswith("federation.num_rounds")]
+    tiny = (*few, *TINY_PUBLIC["held_out_2000"], "grid=in_process", "federation.num_rounds=2", "evaluate.every=1")
+    monkeypatch.setattr(study_flesd, "ROUNDS", tiny)
+    study_flesd.five_rounds(tmp_path, data, [0], ["flesd", "placebo"])
+    path = tmp_path / "flesd_five_rounds.csv"
+    rows = study_flesd.read(path)
+    assert [(row["strategy"], row["round"]) for row in rows if row["family"] == "conv4_4"] == [
+        (strategy, str(number)) for strategy in ("flesd", "placebo") for number in (0, 1, 2)
+    ]
+    assert {row["family"] for row in rows} == {"conv4_4", "conv4_2", "tiny"}
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in study_flesd.METRICS)
+    assert [row["seconds"] == "" for row in rows] == [row["round"] == "0" for row in rows]
+    flesd, placebo = ([row | {"strategy": ""} for row in rows if row["strategy"] == s] for s in ("flesd", "placebo"))
+    assert flesd[:3] == placebo[:3]  # before the first round
+    assert flesd[3:] != placebo[3:]
+
+    before = path.read_bytes()
+    study_flesd.five_rounds(tmp_path, data, [0], ["placebo"])
+    assert path.read_bytes() == before
+    path.unlink()
+    study_flesd.five_rounds(tmp_path, data, [0], ["flesd", "placebo"])  # the runs are there
+    assert path.read_bytes() == before
+    assert study_flesd.main(["--table", "--five-rounds", "--work", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].startswith("|")
+
+
+def test_a_table_of_rounds_by_hand() -> None:
+    def line(strategy: str, seed: int, number: int, linear: float, knn: float, family: str = "conv4_32") -> Any:
+        seconds = str(10 + 10 * seed) if number else ""
+        figures = {"linear_top1": str(linear), "knn_top1": str(knn), "labels1_top1": "0.1"}
+        return {
+            "strategy": strategy, "seed": str(seed), "round": str(number), "family": family, "seconds": seconds, **figures
+        }  # fmt: skip
+
+    rows = [line("flesd", 0, 0, 0.4, 0.3), line("flesd", 0, 1, 0.5, 0.4), line("flesd", 0, 1, 0.9, 0.9, "resnet8")]
+    rows += [line("flesd", 1, 0, 0.5, 0.3), line("flesd", 1, 1, 0.51, 0.41)]
+    rows += [line("placebo", 0, 0, 0.4, 0.3), line("placebo", 0, 1, 0.45, 0.35)]
+    assert study_flesd.rounds_markdown(rows, "conv4_32") == (
+        "| conv4_32, linear / kNN | before | 1 | s a round |\n"
+        "| --- | --- | --- | ---: |\n"
+        "| `flesd` | 45.0 / 30.0 | 50.5 / 40.5 | 15 |\n"
+        "| `placebo` | 40.0 / 30.0 | 45.0 / 35.0 | 10 |\n"
+    )
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 def row(arm: str, seed: int, linear: float, *, public: str = "held_out_2000", family: str = "conv4_16") -> Any:
     figures = {"linear_top1": f"{linear:.4f}", "knn_top1": "0.4000", "labels1_top1": "0.2000"}
