@@ -14,16 +14,11 @@ replaces the online network, and the target network goes on from where it was an
 in FedEMA's tables (https://arxiv.org/abs/2204.04385).
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.per_family import PerFamily
+from fedssl.federation.per_family import Averaging
 from fedssl.federation.records import Upload
-from fedssl.federation.server import Server
-from fedssl.federation.weights import mean_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +34,10 @@ class FedAvgClient:
         return client.upload(client.weights(model), metrics, codec="weights")
 
 
-class FedAvg(PerFamily):
-    """The server half.
+class FedAvg(Averaging):
+    """The server half: w = sum_k n_k w_k / sum_k n_k over the clients of a family that answered.
 
     Args:
         server: what the framework knows.
-        weighted: weight a client by its number of images; otherwise all count the same.
+        weighted: n_k is the client's number of images; otherwise all count the same.
     """
-
-    def __init__(self, *, server: Server, weighted: bool) -> None:
-        super().__init__(server=server)
-        self.weighted = weighted
-
-    def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The mean of the uploads."""
-        shares = [upload.num_images if self.weighted else 1.0 for upload in uploads]
-        return mean_weights([upload.arrays for upload in uploads], shares)

@@ -19,7 +19,7 @@ divergences are .5 to 1.4, so at .4 every client keeps its own predictor; client
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from fedssl.errors import ConfigError
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.per_family import PerFamily
+from fedssl.federation.per_family import Averaging
 from fedssl.federation.records import Upload, load_state, model_state
-from fedssl.federation.weights import mean_weights
+from fedssl.federation.server import Server
 from fedssl.models import Model
 
 DIVERGENCE, PREDICTOR = "fedu/divergence", "fedu/predictor/"  # in the client's memory
@@ -88,12 +88,11 @@ def mean_distance(start: Sequence[Float[Tensor, "..."]], end: Sequence[Float[Ten
     return math.fsum(distances) / max(1, len(distances))
 
 
-class FedU(PerFamily):
+class FedU(Averaging):
     """The server half: the mean of the uploads, predictors included, by number of images."""
 
-    def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The mean of the uploads."""
-        return mean_weights([upload.arrays for upload in uploads], [upload.num_images for upload in uploads])
+    def __init__(self, *, server: Server) -> None:
+        super().__init__(server=server, weighted=True)
 
     def notes(self) -> list[str]:
         """Also that there was nothing to decide."""

@@ -12,6 +12,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedssl.federation.records import Header, Upload
+
 NUM_STEPS = 5
 
 
@@ -37,6 +39,29 @@ def least_squares() -> ClientApp:
         return Message(RecordDict(records), reply_to=message)
 
     return app
+
+
+def uploaded(partition_id: int, received: ArrayRecord, round_num: int) -> Upload:
+    """What a client of family `tiny` makes of the weights that it received: a function of these and its partition."""
+    rng = np.random.default_rng(partition_id)
+    changed = {name: array.numpy() + 0.1 * rng.normal(size=array.shape) for name, array in received.items()}
+    arrays = {name: value.astype(np.float32) for name, value in changed.items()}
+    header = Header(
+        round_num=round_num, partition_id=partition_id, family="tiny", codec="weights", public_fingerprint="f"
+    )
+    return Upload(header=header, arrays=arrays, metrics={"num-examples": 10 + partition_id, "loss": 0.5})
+
+
+class Uploads:
+    """A client app whose weights are to be averaged."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        partition_id = int(context.node_config["partition-id"])
+        if message.metadata.message_type == "query.info":
+            said = {"partition_id": partition_id, "family": "tiny", "num_images": 10 + partition_id, "trains": True}
+            return Message(RecordDict({"info": ConfigRecord(said)}), reply_to=message)
+        sent = uploaded(partition_id, message.content["arrays"], int(message.content["config"]["server-round"]))
+        return Message(sent.to_content(), reply_to=message)
 
 
 class Behaviour:

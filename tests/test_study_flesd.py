@@ -219,10 +219,8 @@ def test_five_rounds_are_runs_of_which_every_round_is_a_line(
 def test_a_table_of_rounds_by_hand() -> None:
     def line(strategy: str, seed: int, number: int, linear: float, knn: float, family: str = "conv4_32") -> Any:
         seconds = str(10 + 10 * seed) if number else ""
-        figures = {"linear_top1": str(linear), "knn_top1": str(knn), "labels1_top1": "0.1"}
-        return {
-            "strategy": strategy, "seed": str(seed), "round": str(number), "family": family, "seconds": seconds, **figures
-        }  # fmt: skip
+        what = {"strategy": strategy, "seed": str(seed), "round": str(number), "family": family, "seconds": seconds}
+        return {**what, "linear_top1": str(linear), "knn_top1": str(knn), "labels1_top1": "0.1"}
 
     rows = [line("flesd", 0, 0, 0.4, 0.3), line("flesd", 0, 1, 0.5, 0.4), line("flesd", 0, 1, 0.9, 0.9, "resnet8")]
     rows += [line("flesd", 1, 0, 0.5, 0.3), line("flesd", 1, 1, 0.51, 0.41)]

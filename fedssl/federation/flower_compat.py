@@ -58,6 +58,20 @@ def stamp(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
+def mark_summed(reply: Message, num_bytes: int) -> None:
+    """Note that the weights of `reply`, in whole of so many bytes, were added to a sum where its client ran.
+
+    The note is no part of the content: it goes from process to process of one simulation, and nobody can send it.
+    """
+    reply.__dict__["_summed_bytes"] = num_bytes
+
+
+def summed_bytes(reply: Message) -> int | None:
+    """What `mark_summed` noted; None of a whole message."""
+    noted: int | None = reply.__dict__.get("_summed_bytes")
+    return noted
+
+
 def rebuild(metadata: Metadata, content: RecordDict) -> Message:
     """The message with exactly this metadata: what the receiver of a stamped message holds."""
     return Message(content, metadata=metadata)  # type: ignore[call-overload,no-any-return]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation.arrays import read_array
+from fedssl.federation.averaging import Summation, mean_of
+from fedssl.federation.flower_compat import summed_bytes
 from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, check_finite, read_uploads
@@ -37,8 +39,8 @@ class WeightUploads(GlobalModels):
     ) -> Iterable[Message]:
         """Broadcast each family's weights to this round's cohort."""
         self.arrays, self.round_num = arrays, server_round
-        cohort = self.server.sample_cohort(server_round, grid)
-        return self.server.messages(server_round, cohort, config, arrays)
+        self.cohort = self.server.sample_cohort(server_round, grid)
+        return self.server.messages(server_round, self.cohort, config, arrays)
 
     def check(self, reply: Message) -> Upload:
         """Parse an upload, once: names, shapes and dtypes of the family's weights, finite as is what they compute."""
@@ -202,3 +204,50 @@ class PerFamily(WeightUploads):
                 for family, rounds in self.lost_rounds.items()
             ),
         ]
+
+
+class Averaging(PerFamily):
+    """A family's new weights are the mean of its clients': sum_k share_k w_k / sum_k share_k over those that answered.
+
+    The sums may be begun where the clients run (`summation`), and are the same bit for bit (`averaging`).
+
+    Args:
+        server: what the framework knows.
+        weighted: a client's share is its number of images; otherwise all count the same.
+    """
+
+    def __init__(self, *, server: Server, weighted: bool) -> None:
+        super().__init__(server=server)
+        self.weighted = weighted
+        self._summation: Summation | None = None
+
+    @property
+    def summation(self) -> Summation | None:
+        """What workers may do with this round's uploads; None for a subclass that wants to see each."""
+        sees_none = type(self).check is Averaging.check and type(self).merge is Averaging.merge
+        return self._summation if sees_none else None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As `WeightUploads`, and say what a sum of the round's uploads is."""
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self._summation = Summation(
+            round_num=server_round,
+            public_fingerprint=self.server.public_set.fingerprint,
+            weighted=self.weighted,
+            clients={member.partition_id: (member.family, member.num_images) for member in self.cohort},
+        )
+        return messages
+
+    def check(self, reply: Message) -> Upload:
+        """As `WeightUploads`; what was added up where the client ran was checked there."""
+        if reply in self.checked or summed_bytes(reply) is None:
+            return super().check(reply)
+        upload = self.checked[reply] = Upload.from_message(reply)
+        return upload
+
+    def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The mean of the uploads."""
+        assert self._summation is not None
+        return mean_of(uploads, self._summation, family_arrays(self.arrays, family))

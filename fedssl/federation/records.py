@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedssl.errors import PayloadError
 from fedssl.federation.arrays import dtype_name, read_array, to_record
+from fedssl.federation.flower_compat import summed_bytes
 from fedssl.models import recount_batches
 
 
@@ -112,6 +113,18 @@ class Header:
             values[field.name] = value
         return cls(**values)  # type: ignore[arg-type]
 
+    def check(self, *, round_num: int, codec: str, public_fingerprint: str) -> None:
+        """Raise `PayloadError` for another round, another wire format or another public set."""
+        if self.round_num != round_num:
+            raise PayloadError(f"it is for round {self.round_num}, this is round {round_num}")
+        if self.codec != codec:
+            raise PayloadError(f"it is encoded as {self.codec!r}, the server expects {codec!r} (codec=)")
+        if self.public_fingerprint != public_fingerprint:
+            raise PayloadError(
+                f"its public set ({self.public_fingerprint[:12]}) is not the server's "
+                f"({public_fingerprint[:12]}): same images, order and transform are needed (public=)"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
@@ -121,11 +134,14 @@ class Upload:
         header: who and what for.
         arrays: named arrays, exactly as sent; read-only where a message brought them.
         metrics: plain numbers; `num-examples` is the number of private images, see `num_images`.
+        summed: its weights were added to others' where its client ran (`fedssl.federation.averaging`); `arrays` are
+            empty, or the sum of all that were added there.
     """
 
     header: Header
     arrays: Mapping[str, np.ndarray]
     metrics: Mapping[str, float]
+    summed: bool = False
 
     @property
     def num_images(self) -> float:
@@ -177,7 +193,8 @@ class Upload:
                 )
             arrays[name] = value
         metrics = {name: float(v) for name, v in records["metrics"].items() if isinstance(v, int | float)}
-        return cls(header=Header.from_record(records["header"]), arrays=arrays, metrics=metrics)
+        header = Header.from_record(records["header"])
+        return cls(header=header, arrays=arrays, metrics=metrics, summed=summed_bytes(message) is not None)
 
 
 _UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
@@ -187,10 +204,13 @@ _UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecor
 def num_bytes(message: Message) -> int:
     """Size of a message's records: names, encoded arrays, 8 bytes a number, strings by length.
 
-    Flower's own count, except that Flower's raises for an empty string or list, which anybody may send.
+    Flower's own count, except that Flower's raises for an empty string or list, which anybody may send. Of a reply
+    whose weights were added up where its client ran, what it had before.
     """
     if message.has_error():
         return 0
+    if (whole := summed_bytes(message)) is not None:
+        return whole
     return sum(
         len(name) + sum(len(entry) + _num_bytes(value) for entry, value in record.items())
         for name, record in message.content.items()

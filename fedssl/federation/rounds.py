@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedssl.errors import PayloadError, TooFewRepliesError
+from fedssl.federation.averaging import Summation
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from fedssl.federation.records import Upload, family_state, load_state, num_bytes
 from fedssl.federation.replies import KeptReplies
@@ -83,6 +84,7 @@ def gather(
     simulate: Callable[[Member, Message, Message], float] | None = None,
     deadline_s: float | None = None,
     kept: KeptReplies | None = None,
+    summation: Summation | None = None,
 ) -> Gathered:
     """Send `messages`, wait for the replies, sort them by partition and name what is missing.
 
@@ -95,6 +97,8 @@ def gather(
         simulate: client, message and reply -> the simulated seconds in between.
         deadline_s: simulated seconds after which a reply is late; it was sent, so its bytes count.
         kept: where replies outlive this process; what it has is not asked for again, and counts as if it had been.
+        summation: how the uploads may be added up where the clients run, by a grid that can (`adds_up`); not with a
+            `deadline_s`, which refuses single ones later.
     """
     messages = list(messages)
     gathered = Gathered()
@@ -135,7 +139,10 @@ def gather(
             arrived(member, message, reply)
         else:
             unanswered.append(message)
-    ids = list(grid.push_messages(unanswered)) if unanswered else []
+    ids: list[str] = []
+    if unanswered:
+        adds_up = summation is not None and deadline_s is None and getattr(grid, "adds_up", False)
+        ids = list(grid.push_messages(unanswered, **({"summation": summation} if adds_up else {})))
     waiting = {
         message_id: (members[message.metadata.dst_node_id], message)
         for message_id, message in zip(ids, unanswered, strict=True)
@@ -267,6 +274,7 @@ class Rounds:
             simulate=self.setup.simulated_seconds,
             deadline_s=deadline_s,
             kept=self.replies,
+            summation=getattr(self.strategy, "summation", None),
         )
         started -= self.replies.earlier_seconds
         self._name_failures(round_num, gathered.unforeseen)

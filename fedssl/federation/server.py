@@ -139,16 +139,8 @@ class Server:
 
     def check_header(self, upload: Upload, round_num: int, codec: str) -> None:
         """Refuse an upload for another round, of another public set, or in another wire format."""
-        header = upload.header
-        if header.round_num != round_num:
-            raise PayloadError(f"it is for round {header.round_num}, this is round {round_num}")
-        if header.codec != codec:
-            raise PayloadError(f"it is encoded as {header.codec!r}, the server expects {codec!r} (codec=)")
-        if header.public_fingerprint != self.public_set.fingerprint:
-            raise PayloadError(
-                f"its public set ({header.public_fingerprint[:12]}) is not the server's "
-                f"({self.public_set.fingerprint[:12]}): same images, order and transform are needed (public=)"
-            )
+        fingerprint = self.public_set.fingerprint
+        upload.header.check(round_num=round_num, codec=codec, public_fingerprint=fingerprint)
 
     def try_out(self, family: str, state: Mapping[str, Tensor]) -> None:
         """Raise `PayloadError` unless a network with these weights makes finite numbers of some public images.

@@ -155,7 +155,7 @@ def on_a_grid(given: Namespace, settings: InProcess | Ray | FlowerSim, num_clien
         ask_roster(grid)
         for round_num in range(1, given.rounds + 1):
             messages = list(strategy.configure_train(round_num, arrays, ConfigRecord(), grid))
-            gathered = gather(grid, messages, check=strategy.check, timeout=None)
+            gathered = gather(grid, messages, check=strategy.check, timeout=None, summation=strategy.summation)
             assert len(gathered.replies) == COHORT, gathered.failures
             merged, _ = strategy.aggregate_train(round_num, gathered.replies)
             assert merged is not None

@@ -31,7 +31,8 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
-from fedssl.federation.grids.base import App, GridEvent, LocalGrid, answer, node_config
+from fedssl.federation.averaging import Summation, Sums
+from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +318,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 # --- the worker's side -----------------------------------------------------------------------------------------------
 
 # What crosses between driver and worker. `records` holds a record, or the key of a broadcast one.
-_Job = tuple[Metadata, dict[str, Any], RecordDict | None]  # metadata, records, Context.state
+_Job = tuple[Metadata, dict[str, Any], RecordDict | None, int | None]  # metadata, records, Context.state, summation
 _Result = tuple[Message, RecordDict | None, float]  # reply, Context.state, seconds
 
 
@@ -375,13 +376,19 @@ class _Worker:
         for key, reference in broadcast.items():
             self._broadcast[key] = flower_compat.loads(*ray.get(reference))
         results = []
-        for metadata, records, state in flower_compat.loads(batch, buffers):
+        jobs: list[_Job] = flower_compat.loads(batch, buffers)
+        sums = {key: Sums(self._broadcast[key]) for *_, key in jobs if key is not None and len(jobs) > 1}
+        for metadata, records, state, summation in jobs:
             content = RecordDict({n: self._broadcast[r] if isinstance(r, int) else r for n, r in records.items()})
             message = flower_compat.rebuild(metadata, content)
             config = node_config(metadata.dst_node_id, self._num_partitions)
             started = time.perf_counter()
             reply, state = answer(self._app, message, config, state)
+            if summation in sums:
+                sums[summation].take(metadata.dst_node_id - FIRST_NODE_ID, message, reply)
             results.append((reply, state, time.perf_counter() - started))
+        for added_up in sums.values():
+            added_up.hand_over()
         data, views = flower_compat.dumps(results)
         return (data, views) if views else data  # plain bytes cost Ray least
 
@@ -400,7 +407,8 @@ class _Task:
 
     message: Message
     records: dict[str, Any]  # as in `_Job`
-    keys: tuple[int, ...]  # of its broadcast records
+    keys: tuple[int, ...]  # of its broadcast records and the summation
+    summation: int | None = None  # the key of that, where its reply may be added up with others
     deaths: int = 0  # workers that died while they ran this message alone
     alone: bool = False  # it was in a batch that died
     wanted: bool = True
@@ -480,6 +488,7 @@ class RayGrid(LocalGrid):
         self._broadcast: dict[int, Any] = {}  # references to records in the object store
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
         self._next_key = 0
+        self._summation: int | None = None  # the key of what applies to the messages that are being pushed
         self._failed_starts = 0
         self._last_seen = time.monotonic()  # a worker that had started
         self._closed = False
@@ -487,6 +496,15 @@ class RayGrid(LocalGrid):
         open_grids.add(self)
 
     # --- messages
+    adds_up = True
+
+    def push_messages(self, messages: Iterable[Message], *, summation: Summation | None = None) -> list[str]:
+        """As `LocalGrid`; the replies to those that travel together are added up by their worker, where they can be."""
+        self._summation = None if summation is None else self._put(summation)
+        try:
+            return super().push_messages(messages)
+        finally:
+            self._summation = None
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop these messages; a worker that runs nothing else is replaced, so that a hanging client costs no core."""
@@ -531,8 +549,10 @@ class RayGrid(LocalGrid):
                 if (key := keys[id(record)]) is not None:
                     records[name] = key
             used = tuple(value for value in records.values() if isinstance(value, int))
+            if self._summation is not None:
+                used += (self._summation,)
             self._users.update(used)
-            tasks.append(_Task(message, records, used))
+            tasks.append(_Task(message, records, used, self._summation))
         self._tasks.update((task.message_id, task) for task in tasks)
         tasks.sort(key=lambda task: -self._expected(task))  # the longest first; new clients keep their order
         self._queue.extend(tasks)
@@ -548,7 +568,7 @@ class RayGrid(LocalGrid):
             ready = [i for i in message_ids if i in self._replies]
         return {i: self._replies.pop(i) for i in ready}
 
-    def _put(self, record: flower_compat.Record) -> int:
+    def _put(self, record: flower_compat.Record | Summation) -> int:
         self._next_key += 1
         self._broadcast[self._next_key] = self._ray.put(flower_compat.dumps(record))
         return self._next_key
@@ -611,7 +631,9 @@ class RayGrid(LocalGrid):
 
     def _give(self, slot: _Slot, tasks: list[_Task]) -> None:
         """Send a worker these messages, and the broadcast records it lacks."""
-        batch = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in tasks]
+        batch: list[_Job] = [
+            (task.message.metadata, task.records, self._states.get(task.node_id), task.summation) for task in tasks
+        ]
         unseen = {key for task in tasks for key in task.keys} - slot.keys
         slot.keys |= unseen
         data, views = flower_compat.dumps(batch)
@@ -679,6 +701,9 @@ class RayGrid(LocalGrid):
         results: list[_Result] = (
             flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
         )
+        if not all(task.wanted for task in tasks) and any(flower_compat.summed_bytes(reply) for reply, *_ in results):
+            self._run_again(tasks)  # the sum holds what nobody waits for, or what another worker answers
+            return
         for task, (reply, state, seconds) in zip(tasks, results, strict=True):
             mean, count = self._typical.get(task.message_type, (0.0, 0))
             self._typical[task.message_type] = mean + (seconds - mean) / (count + 1), count + 1
@@ -720,9 +745,14 @@ class RayGrid(LocalGrid):
                 del self._tasks[task.message_id]
                 self._release(lost)
                 return
-        for task in lost:
+        self._run_again(lost)
+
+    def _run_again(self, tasks: Iterable[_Task]) -> None:
+        """Those that are still wanted, each alone."""
+        wanted = [task for task in tasks if task.wanted]
+        for task in wanted:
             task.alone = True
-        self._queue.extendleft(reversed(lost))
+        self._queue.extendleft(reversed(wanted))
 
     def _replace(self, number: int) -> None:
         """Another worker instead of this one; what waited there, and is no part of the matter, is back in the queue."""

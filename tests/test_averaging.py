@@ -1,0 +1,263 @@
+"""The mean that may be begun where the clients run: its arithmetic, and which uploads may be in it."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedssl.federation import flower_compat
+from fedssl.federation.arrays import to_record
+from fedssl.federation.averaging import ExactSum, Summation, Sums, mean_of
+from fedssl.federation.flower_compat import summed_bytes
+from fedssl.federation.per_family import Averaging
+from fedssl.federation.records import Header, Upload, num_bytes
+from fedssl.federation.replies import KeptReplies
+from fedssl.federation.store import ClientStore
+from strategies.fedavg import FedAvg
+
+FAMILY = "tiny"
+SHAPES = {f"{FAMILY}/w": (8, 8), f"{FAMILY}/b": (3,)}
+BEFORE = to_record(
+    {f"{FAMILY}/w": np.linspace(-1, 0.5, 64, dtype="f4").reshape(8, 8), f"{FAMILY}/b": np.zeros(3, "f4")}
+)
+NUM_IMAGES = (40, 7, 1, 25, 300)
+SUMMATION = Summation(
+    round_num=2,
+    public_fingerprint="f",
+    weighted=True,
+    clients={partition: (FAMILY, images) for partition, images in enumerate(NUM_IMAGES)},
+)
+
+
+@pytest.fixture(autouse=True)
+def process() -> None:
+    flower_compat.identify_process()
+
+
+def weights(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Of sizes from 1 down to 1e-20, so that the order of a plain sum shows."""
+    rng = np.random.default_rng(seed)
+    draws = {name: rng.normal(size=shape) * 10.0 ** rng.uniform(-20, 0, shape) for name, shape in SHAPES.items()}
+    return {name: (scale * draw).astype(np.float32) for name, draw in draws.items()}
+
+
+def upload(partition: int, arrays: dict[str, np.ndarray], **changes: Any) -> Upload:
+    header = Header(round_num=2, partition_id=partition, family=FAMILY, codec="weights", public_fingerprint="f")
+    metrics = {"num-examples": float(changes.pop("num_examples", NUM_IMAGES[partition])), "loss": 1.0}
+    return Upload(header=replace(header, **changes), arrays=arrays, metrics=metrics)
+
+
+def exchange(sent: Upload) -> tuple[Message, Message]:
+    """What the client was sent, and its reply."""
+    message = Message(RecordDict({"arrays": BEFORE, "config": ConfigRecord()}), 1, "train")
+    flower_compat.stamp(message, "1")
+    return message, Message(sent.to_content(), reply_to=message)
+
+
+def on_workers(groups: Sequence[Sequence[Upload]], summation: Summation = SUMMATION) -> list[Upload]:
+    """What reaches the server of these uploads when each group had a worker that added up."""
+    found = []
+    for group in groups:
+        sums = Sums(summation)
+        exchanged = [exchange(sent) for sent in group]
+        for sent, (message, reply) in zip(group, exchanged, strict=True):
+            sums.take(sent.header.partition_id, message, reply)
+        sums.hand_over()
+        found += [Upload.from_message(reply) for _, reply in exchanged]
+    return sorted(found, key=lambda upload: upload.header.partition_id)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name].numpy(), b[name].numpy())
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+def test_a_mean_by_hand() -> None:
+    """Shares 1 and 3: (1 * 0 + 3 * 1) / 4 and (1 * -2 + 3 * 2) / 4."""
+    summation = replace(SUMMATION, clients={0: (FAMILY, 1), 1: (FAMILY, 3)})
+    before = to_record({f"{FAMILY}/w": np.float32([1, 1])})
+    first = upload(0, {f"{FAMILY}/w": np.float32([0, -2])}, num_examples=1)
+    second = upload(1, {f"{FAMILY}/w": np.float32([1, 2])}, num_examples=3)
+    assert mean_of([first, second], summation, before)["w"].tolist() == [0.75, 1.0]
+    assert mean_of([first, second], replace(summation, weighted=False), before)["w"].tolist() == [0.5, 0.0]
+
+
+def test_the_mean_is_the_same_in_every_order_and_grouping() -> None:
+    uploads = [upload(partition, weights(partition)) for partition in range(5)]
+    whole = mean_of(uploads, SUMMATION, BEFORE)
+    doubles = [sent.num_images * sent.arrays[f"{FAMILY}/w"].astype(float) for sent in uploads]
+    assert len({sum(order).tobytes() for order in itertools.permutations(doubles)}) > 1  # type: ignore[attr-defined]
+    for order in itertools.permutations(uploads):
+        assert_equal(mean_of(order, SUMMATION, BEFORE), whole)
+        for cut in (1, 2, 4):
+            grouped = on_workers([order[:cut], order[cut:]])
+            assert all(upload.summed for upload in grouped)
+            assert_equal(mean_of(grouped, SUMMATION, BEFORE), whole)
+
+
+@given(
+    values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=5),
+    images=st.lists(st.integers(1, 2**20), min_size=5, max_size=5),
+)
+def test_a_mean_is_off_by_less_than_a_float32_can_say(values: list[float], images: list[int]) -> None:
+    clients = {p: ("f", images[p]) for p in range(len(values))}
+    exact = ExactSum(to_record({"f/w": np.float32([1.0])}), replace(SUMMATION, clients=clients).capacity("f"))
+    for value, share in zip(values, images, strict=False):
+        arrays = {"f/w": np.float32([value])}
+        assert exact.holds(arrays)
+        exact.add(arrays, share)
+    shares = sum(images[: len(values)])
+    expected = sum(Fraction(value) * share for value, share in zip(values, images, strict=False)) / shares
+    error = abs(Fraction(float(exact.total["f/w"][0])) / shares - expected)
+    assert error <= len(values) * Fraction(2) ** -47
+
+
+def test_many_entries_are_added_in_pieces() -> None:
+    """More than are added at once, in an order of their own in memory, and one without any."""
+    value = np.asfortranarray(np.random.default_rng(0).normal(size=(300, 250)).astype(np.float32))
+    arrays = {"f/w": value, "f/scale": np.array(2, np.float32), "f/none": np.zeros((0, 3), np.float32)}
+    exact = ExactSum(to_record(arrays), 4.0)
+    exact.add(arrays, 3.0)
+    exact.add(arrays, 1.0)
+    for name in arrays:
+        np.testing.assert_array_equal(exact.total[name], 4.0 * arrays[name].astype(np.float64))
+
+
+# --- what may be in a sum ---------------------------------------------------------------------------------------------
+def test_a_reply_that_was_added_keeps_all_but_its_weights() -> None:
+    message, reply = exchange(upload(1, weights(1)))
+    size = num_bytes(reply)
+    sums = Sums(SUMMATION)
+    sums.take(1, message, reply)
+    assert summed_bytes(reply) == num_bytes(reply) == size
+    assert Upload.from_message(reply) == replace(upload(1, {}), summed=True)
+    sums.hand_over()
+    carried = Upload.from_message(reply)
+    for name, value in weights(1).items():
+        np.testing.assert_allclose(carried.arrays[name], 7.0 * value.astype(np.float64), rtol=0, atol=2**-39)
+    assert num_bytes(reply) == size
+
+
+def test_what_a_message_carries_cannot_claim_to_be_a_sum() -> None:
+    message, reply = exchange(upload(1, weights(1)))
+    Sums(SUMMATION).take(1, message, reply)
+    content = flower_compat.records_from_bytes(flower_compat.records_to_bytes(reply.content))
+    assert summed_bytes(Message(content, reply_to=message)) is None
+
+
+NOT_ASKED_FOR: dict[str, dict[str, Any]] = {
+    "another round": {"round_num": 1},
+    "another client": {"partition_id": 2, "num_examples": 1},
+    "another family": {"family": "other"},
+    "another codec": {"codec": "factor"},
+    "another public set": {"public_fingerprint": "g"},
+    "more images than it said": {"num_examples": NUM_IMAGES[1] + 1},
+    "no images": {"num_examples": 0},
+}
+
+
+@pytest.mark.parametrize("changes", NOT_ASKED_FOR.values(), ids=NOT_ASKED_FOR.keys())
+def test_a_reply_that_was_not_asked_for_stays_whole(changes: dict[str, Any]) -> None:
+    sent = replace(upload(1, weights(1), num_examples=changes.get("num_examples", NUM_IMAGES[1])))
+    sent = replace(sent, header=replace(sent.header, **{k: v for k, v in changes.items() if k != "num_examples"}))
+    message, reply = exchange(sent)
+    sums = Sums(SUMMATION)
+    sums.take(1, message, reply)
+    sums.hand_over()
+    assert summed_bytes(reply) is None
+    assert reply.content == sent.to_content()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 11.0])
+def test_weights_that_are_none_or_have_grown_stay_whole(value: float) -> None:
+    arrays = weights(1)
+    arrays[f"{FAMILY}/b"][1] = value
+    message, reply = exchange(upload(1, arrays))
+    Sums(SUMMATION).take(1, message, reply)
+    assert summed_bytes(reply) is None
+
+
+def test_other_weights_errors_and_strangers_stay_whole() -> None:
+    for arrays in ({}, weights(1) | {f"{FAMILY}/more": np.zeros(1, "f4")}, {n: v[:1] for n, v in weights(1).items()}):
+        message, reply = exchange(upload(1, arrays))
+        Sums(SUMMATION).take(1, message, reply)
+        assert summed_bytes(reply) is None
+    message, _ = exchange(upload(1, {}))
+    failed = flower_compat.error_reply(message, flower_compat.CLIENT_RAISED, "ValueError")
+    Sums(SUMMATION).take(1, message, failed)
+    assert failed.has_error()
+    message, reply = exchange(upload(1, weights(1)))
+    Sums(replace(SUMMATION, clients={0: (FAMILY, 9)})).take(1, message, reply)
+    assert summed_bytes(reply) is None
+
+
+def test_what_the_sum_has_no_room_for_counts_beside_it() -> None:
+    """One that has grown and one that states more images: the mean is right, and whoever adds up the others."""
+    uploads = [upload(partition, weights(partition)) for partition in range(5)]
+    uploads[1] = upload(1, weights(1, scale=1e6))
+    uploads[4] = upload(4, weights(4), num_examples=10_000)
+    whole = mean_of(uploads, SUMMATION, BEFORE)
+    shares = [sent.num_images for sent in uploads]
+    for name, array in whole.items():
+        plain = np.average([sent.arrays[f"{FAMILY}/{name}"].astype(float) for sent in uploads], axis=0, weights=shares)
+        np.testing.assert_allclose(array.numpy(), plain, rtol=1e-6, atol=1e-12)
+    grouped = on_workers([uploads[3:], uploads[:3]])
+    assert [sent.summed for sent in grouped] == [True, False, True, True, False]
+    assert_equal(mean_of(grouped, SUMMATION, BEFORE), whole)
+
+
+def test_families_have_sums_of_their_own() -> None:
+    other = {f"other/{name.split('/')[1]}": value for name, value in weights(9).items()}
+    summation = replace(SUMMATION, clients={0: (FAMILY, 40), 1: ("other", 7), 2: (FAMILY, 1)})
+    sums, replies = Sums(summation), []
+    for partition, arrays in ((0, weights(0)), (1, other), (2, weights(2))):
+        family = "other" if partition == 1 else FAMILY
+        message, reply = exchange(upload(partition, arrays, family=family))
+        message.content["arrays"] = to_record({name: np.ones_like(value) for name, value in arrays.items()})
+        sums.take(partition, message, reply)
+        replies.append(reply)
+    sums.hand_over()
+    carried = [{name.split("/")[0] for name in reply.content["arrays"]} for reply in replies]
+    assert carried == [{FAMILY}, {"other"}, set()]
+
+
+def test_only_who_does_not_look_at_single_uploads_lets_workers_add() -> None:
+    class Median(FedAvg):
+        def merge(self, family: str, uploads: Any, before: Any) -> Any:
+            raise NotImplementedError
+
+    class Suspicious(FedAvg):
+        def check(self, reply: Message) -> Upload:
+            return super().check(reply)
+
+    class Named(FedAvg):
+        """Changes nothing."""
+
+    for kind, lets in ((FedAvg, True), (Named, True), (Median, False), (Suspicious, False)):
+        assert issubclass(kind, Averaging)
+        strategy = kind.__new__(kind)
+        strategy._summation = SUMMATION
+        assert (strategy.summation is SUMMATION) == lets
+        assert (strategy.summation is None) != lets
+
+
+def test_a_reply_that_was_added_is_not_kept(tmp_path: Path) -> None:
+    kept = KeptReplies(tmp_path / "replies", config={}, after=0.0, store=ClientStore(tmp_path / "clients"))
+    message, reply = exchange(upload(1, weights(1)))
+    kept.keep(1, message, reply)
+    assert len(list(kept.root.iterdir())) == 1
+    kept.clear()
+    Sums(SUMMATION).take(1, message, reply)
+    kept.keep(1, message, reply)
+    assert not kept.root.exists()
