@@ -16,7 +16,7 @@ left out for what it does to the others; it is coarse (steps of 1/n) and near 1 
 on the images by which it chooses.
 
 Batch norm's running statistics are averaged like weights, as in FedAvg, so that `uniform` is FedAvg with `weighted:
-false`, bit for bit. They are not measured again on the public set, which would mix what the soup selects with what a
+false`, up to rounding. They are not measured again on the public set, which would mix what the soup selects with what a
 calibration adds.
 
 The server computes what FedAvg's does not: a greedy soup of m clients takes up to 2m - 1 scores, each two forward

@@ -5,24 +5,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedssl.config import compose, instantiate
+from fedssl.errors import FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.arrays import to_record
 from fedssl.federation.averaging import ExactSum, Summation, Sums, mean_of
-from fedssl.federation.flower_compat import summed_bytes
-from fedssl.federation.per_family import Averaging
+from fedssl.federation.flower_compat import noted_sum
+from fedssl.federation.per_family import SEE_UPLOADS, Averaging
 from fedssl.federation.records import Header, Upload, num_bytes
-from fedssl.federation.replies import KeptReplies
-from fedssl.federation.store import ClientStore
 from strategies.fedavg import FedAvg
+from strategies.fedu import FedU
 
 FAMILY = "tiny"
 SHAPES = {f"{FAMILY}/w": (8, 8), f"{FAMILY}/b": (3,)}
@@ -35,6 +35,7 @@ SUMMATION = Summation(
     public_fingerprint="f",
     weighted=True,
     clients={partition: (FAMILY, images) for partition, images in enumerate(NUM_IMAGES)},
+    devices=instantiate(compose([])["federation"]["devices"]),
 )
 
 
@@ -52,7 +53,8 @@ def weights(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
 
 def upload(partition: int, arrays: dict[str, np.ndarray], **changes: Any) -> Upload:
     header = Header(round_num=2, partition_id=partition, family=FAMILY, codec="weights", public_fingerprint="f")
-    metrics = {"num-examples": float(changes.pop("num_examples", NUM_IMAGES[partition])), "loss": 1.0}
+    num_examples, seconds = changes.pop("num_examples", NUM_IMAGES[partition]), changes.pop("seconds", 0.5)
+    metrics = {"num-examples": float(num_examples), "loss": 1.0, "seconds": seconds}
     return Upload(header=replace(header, **changes), arrays=arrays, metrics=metrics)
 
 
@@ -102,10 +104,11 @@ def test_the_mean_is_the_same_in_every_order_and_grouping() -> None:
         assert_equal(mean_of(order, SUMMATION, BEFORE), whole)
         for cut in (1, 2, 4):
             grouped = on_workers([order[:cut], order[cut:]])
-            assert all(upload.summed for upload in grouped)
+            assert sum(upload.summed is None for upload in grouped) == (cut in (1, 4))  # one alone has no sum
             assert_equal(mean_of(grouped, SUMMATION, BEFORE), whole)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=5),
     images=st.lists(st.integers(1, 2**20), min_size=5, max_size=5),
@@ -135,71 +138,134 @@ def test_many_entries_are_added_in_pieces() -> None:
 
 
 # --- what may be in a sum ---------------------------------------------------------------------------------------------
+class Worker:
+    """Adds up, and is asked by the tests what it did."""
+
+    def __init__(self, summation: Summation = SUMMATION) -> None:
+        self.sums = Sums(summation)
+        self.take(upload(0, weights(0)))
+
+    def take(self, sent: Upload, *, of: int | None = None) -> Message:
+        """What the client sent, `of` somebody else, when it has been looked at."""
+        message, reply = exchange(sent)
+        self.sums.take(sent.header.partition_id if of is None else of, message, reply)
+        return reply
+
+
 def test_a_reply_that_was_added_keeps_all_but_its_weights() -> None:
-    message, reply = exchange(upload(1, weights(1)))
-    size = num_bytes(reply)
-    sums = Sums(SUMMATION)
-    sums.take(1, message, reply)
-    assert summed_bytes(reply) == num_bytes(reply) == size
-    assert Upload.from_message(reply) == replace(upload(1, {}), summed=True)
+    worker, sums = Worker(), Sums(SUMMATION)
+    message, first = exchange(upload(0, weights(0)))
+    size = num_bytes(first)
+    sums.take(0, message, first)
+    assert noted_sum(first) is None  # it may be the only one
+    message, second = exchange(upload(1, weights(1)))
+    sums.take(1, message, second)
+    assert num_bytes(first) == num_bytes(second) == size
+    assert Upload.from_message(second) == replace(upload(1, {}), summed=())
     sums.hand_over()
-    carried = Upload.from_message(reply)
-    for name, value in weights(1).items():
-        np.testing.assert_allclose(carried.arrays[name], 7.0 * value.astype(np.float64), rtol=0, atol=2**-39)
-    assert num_bytes(reply) == size
+    assert Upload.from_message(second) == replace(upload(1, {}), summed=())
+    carried = Upload.from_message(first)
+    assert carried.summed == (0, 1)
+    for name in SHAPES:
+        total = 40.0 * weights(0)[name].astype(np.float64) + 7.0 * weights(1)[name].astype(np.float64)
+        np.testing.assert_allclose(carried.arrays[name], total, rtol=0, atol=2**-38)
+    assert num_bytes(first) == size
+    assert worker.sums is not sums
+
+
+def test_a_sum_is_taken_into_no_other_sum() -> None:
+    """Not even where its weights are doubles, as the sum is."""
+    before = to_record({f"{FAMILY}/w": np.ones(2)})
+    worker = Sums(SUMMATION)
+    replies = []
+    for partition in (0, 1):
+        message, reply = exchange(upload(partition, {f"{FAMILY}/w": np.full(2, 0.1)}))
+        message.content["arrays"] = before
+        worker.take(partition, message, reply)
+        replies.append((partition, message, reply))
+    worker.hand_over()
+    server = Sums(SUMMATION)
+    for args in replies:
+        server.take(*args)
+    server.hand_over()
+    assert [Upload.from_message(reply).summed for *_, reply in replies] == [(0, 1), ()]
+    np.testing.assert_allclose(Upload.from_message(replies[0][2]).arrays[f"{FAMILY}/w"], 4.7)
 
 
 def test_what_a_message_carries_cannot_claim_to_be_a_sum() -> None:
-    message, reply = exchange(upload(1, weights(1)))
-    Sums(SUMMATION).take(1, message, reply)
+    reply = Worker().take(upload(1, weights(1)))
+    assert noted_sum(reply) is not None
     content = flower_compat.records_from_bytes(flower_compat.records_to_bytes(reply.content))
-    assert summed_bytes(Message(content, reply_to=message)) is None
+    assert noted_sum(Message(content, reply_to=exchange(upload(1, {}))[0])) is None
+
+
+def test_a_sum_and_its_uploads_belong_together() -> None:
+    """Whoever drops one of them would get a wrong mean."""
+    uploads = on_workers([[upload(partition, weights(partition)) for partition in range(3)]])
+    assert [sent.summed for sent in uploads] == [(0, 1, 2), (), ()]
+    for dropped in range(3):
+        with pytest.raises(FedSSLError, match="the sums of tiny's weights are not of the clients"):
+            mean_of([sent for p, sent in enumerate(uploads) if p != dropped], SUMMATION, BEFORE)
+    with pytest.raises(FedSSLError, match="the sums of tiny's weights"):
+        mean_of([*uploads, uploads[0]], SUMMATION, BEFORE)
 
 
 NOT_ASKED_FOR: dict[str, dict[str, Any]] = {
     "another round": {"round_num": 1},
-    "another client": {"partition_id": 2, "num_examples": 1},
     "another family": {"family": "other"},
     "another codec": {"codec": "factor"},
     "another public set": {"public_fingerprint": "g"},
     "more images than it said": {"num_examples": NUM_IMAGES[1] + 1},
     "no images": {"num_examples": 0},
+    "next to none": {"num_examples": 1e-12},
+    "negative seconds": {"seconds": -1.0},
+    "endless seconds": {"seconds": math.inf},
 }
 
 
 @pytest.mark.parametrize("changes", NOT_ASKED_FOR.values(), ids=NOT_ASKED_FOR.keys())
 def test_a_reply_that_was_not_asked_for_stays_whole(changes: dict[str, Any]) -> None:
-    sent = replace(upload(1, weights(1), num_examples=changes.get("num_examples", NUM_IMAGES[1])))
-    sent = replace(sent, header=replace(sent.header, **{k: v for k, v in changes.items() if k != "num_examples"}))
-    message, reply = exchange(sent)
-    sums = Sums(SUMMATION)
-    sums.take(1, message, reply)
-    sums.hand_over()
-    assert summed_bytes(reply) is None
+    sent = upload(1, weights(1), **changes)
+    reply = Worker().take(sent)
+    assert noted_sum(reply) is None
     assert reply.content == sent.to_content()
+
+
+def test_a_reply_in_somebody_elses_name_stays_whole() -> None:
+    assert noted_sum(Worker().take(upload(2, weights(1)), of=1)) is None
+    assert noted_sum(Worker(replace(SUMMATION, clients={0: (FAMILY, 40)})).take(upload(1, weights(1)))) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 11.0])
 def test_weights_that_are_none_or_have_grown_stay_whole(value: float) -> None:
     arrays = weights(1)
     arrays[f"{FAMILY}/b"][1] = value
-    message, reply = exchange(upload(1, arrays))
-    Sums(SUMMATION).take(1, message, reply)
-    assert summed_bytes(reply) is None
+    assert noted_sum(Worker().take(upload(1, arrays))) is None
 
 
-def test_other_weights_errors_and_strangers_stay_whole() -> None:
-    for arrays in ({}, weights(1) | {f"{FAMILY}/more": np.zeros(1, "f4")}, {n: v[:1] for n, v in weights(1).items()}):
-        message, reply = exchange(upload(1, arrays))
-        Sums(SUMMATION).take(1, message, reply)
-        assert summed_bytes(reply) is None
-    message, _ = exchange(upload(1, {}))
-    failed = flower_compat.error_reply(message, flower_compat.CLIENT_RAISED, "ValueError")
-    Sums(SUMMATION).take(1, message, failed)
-    assert failed.has_error()
+@pytest.mark.parametrize(
+    "arrays",
+    [{}, weights(1) | {f"{FAMILY}/more": np.zeros(1, "f4")}, {name: value[:1] for name, value in weights(1).items()}],
+)
+def test_other_weights_stay_whole(arrays: dict[str, np.ndarray]) -> None:
+    assert noted_sum(Worker().take(upload(1, arrays))) is None
+
+
+def test_errors_and_what_answers_no_weights_are_left_alone() -> None:
+    worker = Worker()
     message, reply = exchange(upload(1, weights(1)))
-    Sums(replace(SUMMATION, clients={0: (FAMILY, 9)})).take(1, message, reply)
-    assert summed_bytes(reply) is None
+    failed = flower_compat.error_reply(message, flower_compat.CLIENT_RAISED, "ValueError")
+    worker.sums.take(1, message, failed)
+    assert failed.error.reason == "ValueError"
+    del message.content["arrays"]
+    worker.sums.take(1, message, reply)
+    assert noted_sum(reply) is None
+
+
+@pytest.mark.parametrize(("whole_after", "added"), [(None, True), (0.6, True), (0.5, False), (0.0, False)])
+def test_what_may_be_kept_stays_whole(whole_after: float | None, added: bool) -> None:
+    reply = Worker(replace(SUMMATION, whole_after=whole_after)).take(upload(1, weights(1)))
+    assert (noted_sum(reply) is not None) == (added and whole_after != 0.5)
 
 
 def test_what_the_sum_has_no_room_for_counts_beside_it() -> None:
@@ -213,51 +279,35 @@ def test_what_the_sum_has_no_room_for_counts_beside_it() -> None:
         plain = np.average([sent.arrays[f"{FAMILY}/{name}"].astype(float) for sent in uploads], axis=0, weights=shares)
         np.testing.assert_allclose(array.numpy(), plain, rtol=1e-6, atol=1e-12)
     grouped = on_workers([uploads[3:], uploads[:3]])
-    assert [sent.summed for sent in grouped] == [True, False, True, True, False]
+    assert [sent.summed for sent in grouped] == [(0, 2), None, (), None, None]  # 3 has no other beside it
     assert_equal(mean_of(grouped, SUMMATION, BEFORE), whole)
 
 
 def test_families_have_sums_of_their_own() -> None:
     other = {f"other/{name.split('/')[1]}": value for name, value in weights(9).items()}
-    summation = replace(SUMMATION, clients={0: (FAMILY, 40), 1: ("other", 7), 2: (FAMILY, 1)})
+    summation = replace(
+        SUMMATION, clients={p: ("other" if p % 2 else FAMILY, images) for p, images in enumerate(NUM_IMAGES)}
+    )
     sums, replies = Sums(summation), []
-    for partition, arrays in ((0, weights(0)), (1, other), (2, weights(2))):
-        family = "other" if partition == 1 else FAMILY
+    for partition, arrays in ((0, weights(0)), (1, other), (2, weights(2)), (3, other)):
+        family = "other" if partition % 2 else FAMILY
         message, reply = exchange(upload(partition, arrays, family=family))
         message.content["arrays"] = to_record({name: np.ones_like(value) for name, value in arrays.items()})
         sums.take(partition, message, reply)
         replies.append(reply)
     sums.hand_over()
     carried = [{name.split("/")[0] for name in reply.content["arrays"]} for reply in replies]
-    assert carried == [{FAMILY}, {"other"}, set()]
+    assert carried == [{FAMILY}, {"other"}, set(), set()]
+    assert [Upload.from_message(reply).summed for reply in replies] == [(0, 2), (1, 3), (), ()]
 
 
-def test_only_who_does_not_look_at_single_uploads_lets_workers_add() -> None:
-    class Median(FedAvg):
-        def merge(self, family: str, uploads: Any, before: Any) -> Any:
-            raise NotImplementedError
-
-    class Suspicious(FedAvg):
-        def check(self, reply: Message) -> Upload:
-            return super().check(reply)
-
-    class Named(FedAvg):
-        """Changes nothing."""
-
-    for kind, lets in ((FedAvg, True), (Named, True), (Median, False), (Suspicious, False)):
-        assert issubclass(kind, Averaging)
-        strategy = kind.__new__(kind)
-        strategy._summation = SUMMATION
-        assert (strategy.summation is SUMMATION) == lets
-        assert (strategy.summation is None) != lets
-
-
-def test_a_reply_that_was_added_is_not_kept(tmp_path: Path) -> None:
-    kept = KeptReplies(tmp_path / "replies", config={}, after=0.0, store=ClientStore(tmp_path / "clients"))
-    message, reply = exchange(upload(1, weights(1)))
-    kept.keep(1, message, reply)
-    assert len(list(kept.root.iterdir())) == 1
-    kept.clear()
-    Sums(SUMMATION).take(1, message, reply)
-    kept.keep(1, message, reply)
-    assert not kept.root.exists()
+@pytest.mark.parametrize("hook", SEE_UPLOADS)
+def test_who_looks_at_single_uploads_gets_them_whole(hook: str) -> None:
+    looking: Any = type("Looking", (FedAvg,), {hook: lambda self, *given: getattr(FedAvg, hook)(self, *given)})
+    own, other = FedAvg.__new__(FedAvg), looking.__new__(looking)
+    own._summation = other._summation = SUMMATION
+    assert own.summation is SUMMATION
+    assert other.summation is None
+    setattr(own, hook, lambda *given: None)
+    assert own.summation is None
+    assert issubclass(FedU, Averaging)

@@ -1,6 +1,7 @@
 """One batch of messages: replies in partition order, every missing one named, every byte counted."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
+from fedssl.config import compose, instantiate
 from fedssl.errors import FedSSLError, PayloadError
+from fedssl.federation.averaging import Summation
 from fedssl.federation.flower_compat import CLIENT_RAISED, error_reply, identify_process
 from fedssl.federation.grids.base import GridEvent, LocalGrid
 from fedssl.federation.grids.in_process import InProcessGrid
 from fedssl.federation.records import Header, Upload, num_bytes
+from fedssl.federation.replies import KeptReplies
 from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import Failure, Rounds, gather
+from fedssl.federation.store import ClientStore
 
 
 class Scripted(LocalGrid):
@@ -76,6 +81,47 @@ def messages(grid: Scripted, partitions: Sequence[int]) -> list[Message]:
         Message(RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(10 * (p + 1)))})}), nodes[p], "train")
         for p in partitions
     ]
+
+
+class AddsUp(Scripted):
+    """A grid that can add up where clients run, and notes what it was asked."""
+
+    asked: Summation | None = None
+
+    def push_to_add_up(self, messages: Iterable[Message], summation: Summation) -> list[str]:
+        self.asked = summation
+        return self.push_messages(messages)
+
+
+@pytest.mark.parametrize(
+    ("after", "deadline_s", "asked"), [(None, None, True), (30.0, None, True), (None, 5.0, False), (0.0, None, True)]
+)
+def test_a_grid_may_add_up_only_what_nobody_wants_single(
+    after: float | None, deadline_s: float | None, asked: bool, tmp_path: Path
+) -> None:
+    summation = Summation(
+        round_num=1,
+        public_fingerprint="f",
+        weighted=True,
+        clients={1: ("tiny", 3)},
+        devices=instantiate(compose([])["federation"]["devices"]),
+    )
+    kept = KeptReplies(tmp_path, config={}, after=after, store=ClientStore(tmp_path / "clients"))
+    for given, expected in ((summation, asked), (None, False)):
+        grid = AddsUp([1, 2])
+        gather(
+            grid,
+            messages(grid, [1, 2]),
+            check=Upload.from_message,
+            timeout=None,
+            simulate=lambda member, sent, reply: 1.0,
+            deadline_s=deadline_s,
+            kept=kept,
+            summation=given,
+        )
+        assert (grid.asked is not None) == expected
+        if grid.asked is not None:
+            assert grid.asked.whole_after == after
 
 
 def partitions_of(replies: Iterable[Message]) -> list[int]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedssl.config import compose, instantiate
 from fedssl.errors import ConfigError
 from fedssl.federation.arrays import to_record
 from fedssl.federation.averaging import Summation, mean_of
@@ -276,37 +277,47 @@ def test_memory_does_not_grow_over_rounds(grid: RayGrid) -> None:
 
 # --- uploads that workers add up --------------------------------------------------------------------------------------
 BEFORE = to_record({"tiny/w": np.linspace(-1, 1, 90_000, dtype=np.float32), "tiny/b": np.ones(3, np.float32)})
-CLIENTS = {partition: ("tiny", 10 + partition) for partition in range(NUM_CLIENTS)}
-SUMMATION = Summation(round_num=1, public_fingerprint="f", weighted=True, clients=CLIENTS)
+SUMMATION = Summation(
+    round_num=1,
+    public_fingerprint="f",
+    weighted=True,
+    clients={partition: ("tiny", 10 + partition) for partition in range(NUM_CLIENTS)},
+    devices=instantiate(compose([])["federation"]["devices"]),
+)
 
 
 @pytest.fixture(scope="module")
 def uploading() -> Iterator[RayGrid]:
     with SETTINGS.open(grid_apps.Uploads, num_clients=NUM_CLIENTS, threads=1, device="cpu") as grid:
         wait_for_workers(grid)
-        gathered(grid)  # now it is known how long each takes
+        gather_uploads(grid)
         yield grid
         assert not any([grid._queue, grid._tasks, grid._replies, grid._broadcast, grid._users])
 
 
 def to_everybody(grid: LocalGrid) -> list[Message]:
+    """Messages; clients are expected to answer in a millisecond, so that they travel together."""
+    if isinstance(grid, RayGrid):
+        grid._seconds.update({(node_id, "train"): 0.001 for node_id in grid.get_node_ids()})
     content = RecordDict({"arrays": BEFORE, "config": ConfigRecord({"server-round": 1})})
     return [Message(content, node_id, "train") for node_id in grid.get_node_ids()]
 
 
-def gathered(grid: LocalGrid, **settings: Any) -> Gathered:
+def gather_uploads(grid: LocalGrid, **settings: Any) -> Gathered:
     """A round, as the server's loop gathers it."""
-    return gather(grid, to_everybody(grid), check=Upload.from_message, timeout=None, summation=SUMMATION, **settings)
+    sent = to_everybody(grid)
+    return gather(grid, sent, check=Upload.from_message, timeout=None, summation=SUMMATION, **settings)
 
 
 def uploads_in(replies: Iterable[Message]) -> list[Upload]:
     return sorted(map(Upload.from_message, replies), key=lambda upload: upload.header.partition_id)
 
 
-def one_by_one() -> Gathered:
-    """The same from clients that run one after the other."""
+def one_by_one(partitions: Iterable[int] = range(NUM_CLIENTS)) -> list[Upload]:
+    """Whole uploads, of clients that run one after the other."""
     with InProcessGrid(grid_apps.Uploads(), num_clients=NUM_CLIENTS, threads=1) as grid:
-        return gathered(grid)
+        sent = to_everybody(grid)
+        return uploads_in(grid.send_and_receive([sent[partition] for partition in partitions]))
 
 
 def assert_same_mean(uploads: Sequence[Upload], expected: Sequence[Upload]) -> None:
@@ -317,11 +328,13 @@ def assert_same_mean(uploads: Sequence[Upload], expected: Sequence[Upload]) -> N
 
 def test_workers_add_up_what_short_clients_upload(uploading: RayGrid) -> None:
     """Few replies carry weights; headers, metrics, bytes and the mean are those of clients that answer one by one."""
-    there, plain = gathered(uploading), one_by_one()
-    uploads, whole = uploads_in(there.replies), uploads_in(plain.replies)
-    assert all(upload.summed for upload in uploads)
-    assert not any(upload.summed for upload in whole)
-    assert 1 < sum(bool(upload.arrays) for upload in uploads) <= NUM_CLIENTS // 2
+    with InProcessGrid(grid_apps.Uploads(), num_clients=NUM_CLIENTS, threads=1) as grid:
+        plain = gather_uploads(grid)
+    there, whole = gather_uploads(uploading), one_by_one()
+    uploads, own = uploads_in(there.replies), uploads_in(plain.replies)
+    assert [upload.summed for upload in own] == [tuple(range(NUM_CLIENTS))] + [()] * (NUM_CLIENTS - 1)  # as they came
+    assert_same_mean(own, whole)
+    assert 1 < sum(bool(upload.summed) for upload in uploads) <= NUM_CLIENTS // 2
     assert [(upload.header, upload.metrics) for upload in uploads] == [(u.header, u.metrics) for u in whole]
     assert (there.uplink_bytes, there.failures) == (plain.uplink_bytes, [])
     assert [num_bytes(reply) for reply in there.replies] == [num_bytes(reply) for reply in plain.replies]
@@ -329,33 +342,44 @@ def test_workers_add_up_what_short_clients_upload(uploading: RayGrid) -> None:
 
 
 def test_who_travels_alone_sends_it_all(uploading: RayGrid) -> None:
+    sent = to_everybody(uploading)
     uploading._seconds.update(dict.fromkeys(uploading._seconds, 2 * SETTINGS.batch_seconds))
-    uploads = uploads_in(gathered(uploading).replies)
-    assert not any(upload.summed for upload in uploads)
-    assert_same_mean(uploads, uploads_in(one_by_one().replies))
+    uploads = uploads_in(pull_all(uploading, uploading.push_to_add_up(sent, SUMMATION)))
+    assert [upload.summed for upload in uploads] == [None] * NUM_CLIENTS
+    assert_same_mean(uploads, one_by_one())
 
 
-def test_nothing_is_added_up_where_a_reply_may_be_refused_later(uploading: RayGrid) -> None:
-    gathered(uploading)
-    there = gathered(uploading, simulate=lambda member, *_: float(member.partition_id), deadline_s=5.0)
+def test_no_worker_adds_up_where_a_reply_may_be_refused_later(uploading: RayGrid) -> None:
+    """The server does, those in time."""
+    there = gather_uploads(uploading, simulate=lambda member, *_: float(member.partition_id), deadline_s=5.0)
     uploads = uploads_in(there.replies)
     assert [upload.header.partition_id for upload in uploads] == [0, 1, 2, 3, 4, 5]
     assert there.count("late") == NUM_CLIENTS - 6
-    assert not any(upload.summed for upload in uploads)
+    assert sorted(upload.summed for upload in uploads if upload.summed is not None)[:5] == [()] * 5
+    assert_same_mean(uploads, one_by_one(range(6)))
 
 
 def test_a_sum_with_a_reply_that_nobody_waits_for_is_not_used(uploading: RayGrid) -> None:
     """The others of its batch run again, each alone."""
-    gathered(uploading)
-    ids = uploading.push_messages(to_everybody(uploading), summation=SUMMATION)
+    ids = uploading.push_to_add_up(to_everybody(uploading), SUMMATION)
     (first, *others), *_ = (slot.calls[0].tasks for slot in uploading._slots if len(slot.calls[0].tasks) > 1)
     uploading.forget([first.message_id])
     uploads = uploads_in(pull_all(uploading, [message_id for message_id in ids if message_id != first.message_id]))
     dropped = first.node_id - 1000
     assert [upload.header.partition_id for upload in uploads] == [p for p in range(NUM_CLIENTS) if p != dropped]
-    whole = {upload.header.partition_id for upload in uploads if not upload.summed}
+    whole = {upload.header.partition_id for upload in uploads if upload.summed is None}
     assert whole == {task.node_id - 1000 for task in others}
-    assert_same_mean(uploads, [u for u in uploads_in(one_by_one().replies) if u.header.partition_id != dropped])
+    assert_same_mean(uploads, one_by_one(p for p in range(NUM_CLIENTS) if p != dropped))
+
+
+def test_a_worker_that_dies_takes_its_sum_along(uploading: RayGrid) -> None:
+    """What it had added counts once: its clients run again."""
+    ids = uploading.push_to_add_up(to_everybody(uploading), SUMMATION)
+    os.kill(uploading._slots[0].pid, signal.SIGKILL)
+    uploads = uploads_in(pull_all(uploading, ids))
+    assert [event.kind for event in uploading.pop_events()] == ["worker_died"]
+    assert [upload.header.partition_id for upload in uploads] == list(range(NUM_CLIENTS))
+    assert_same_mean(uploads, one_by_one())
 
 
 def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:

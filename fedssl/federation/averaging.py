@@ -1,29 +1,35 @@
 """The weighted mean of clients' weights, the same bit for bit whoever adds them up, in whatever order and groups.
 
-So it can be begun where the clients run: a worker that trains many short ones sends one sum instead of every upload
-(`Summation`), and a server adds what still comes one by one.
+So uploads are added up as they come, and begun where the clients run: a worker that trains many short ones sends one
+sum instead of every upload.
 
 A floating-point sum depends on its order because every addition rounds. Here each weight times its client's share is
 rounded first, to a multiple of a spacing that the round has fixed, so coarse that a double holds any sum of the round
 exactly; then additions round nothing. The idea is that of Demmel and Nguyen, Parallel Reproducible Summation, IEEE
 Transactions on Computers 64 (2015), with one bin, because a bound is known: an upload that has grown beyond `GROWTH`
-times what it was sent is none of the sum (it is added apart). A mean of k clients is off by at most k * 2^-48 of the
-largest weight that was sent; a float32's own rounding is 2^-24 of each weight.
+times what it was sent is none of the sum, it is added apart.
+
+The mean of k clients is off by at most k * 2^-47 * L * C / S: L the largest weight of its kind that was sent (1 where
+all were 0), S the shares of those that answered, C those of all that were asked. A float32 itself rounds by 2^-24 of a
+weight. So where nearly all shares are missing, the smallest weights lose digits.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from fedssl.errors import PayloadError
+from fedssl.errors import FedSSLError, PayloadError
 from fedssl.federation.arrays import to_record
-from fedssl.federation.flower_compat import mark_summed
+from fedssl.federation.devices import Devices
+from fedssl.federation.flower_compat import Summed, note_sum, noted_sum
 from fedssl.federation.records import Upload, num_bytes
+from fedssl.federation.replies import stated_seconds
 from fedssl.federation.weights import GROWTH, check_weights, has_grown, largest_entries
 
 BITS = 51  # of a sum beyond the spacing: a double has 53, and a number rounded by adding 1.5 * 2^52 spacings at most 51
@@ -39,12 +45,16 @@ class Summation:
         public_fingerprint: the server's.
         weighted: a client counts by its number of images; otherwise all count the same.
         clients: the round's, by partition: family, and number of images as the client said before the first round.
+        devices: of whose simulated time an upload must state enough.
+        whole_after: seconds of work from which on a reply stays whole, because it may be kept (`replies`); None: none.
     """
 
     round_num: int
     public_fingerprint: str
     weighted: bool
     clients: Mapping[int, tuple[str, int]]
+    devices: Devices
+    whole_after: float | None = None
 
     def share(self, num_images: float) -> float:
         """What a client with so many images counts."""
@@ -52,12 +62,30 @@ class Summation:
 
     def capacity(self, family: str) -> float:
         """The most that the shares of a family's clients can add up to."""
-        return max(1.0, math.fsum(self.share(images) for own, images in self.clients.values() if own == family))
+        return self._capacities.get(family) or 1.0
+
+    @cached_property
+    def _capacities(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for family, images in self.clients.values():
+            found[family] = found.get(family, 0.0) + self.share(images)
+        return found
 
     def admits(self, upload: Upload) -> bool:
-        """Whether it states no more images than its client did before: the sum has no room for more."""
+        """Whether it states as many images as the sum has room and digits for: at least one, and at most those that
+        its client had before.
+        """
         family, images = self.clients.get(upload.header.partition_id, ("", 0))
-        return upload.header.family == family and self.share(upload.num_images) <= self.share(images)
+        return upload.header.family == family and 1 <= self.share(upload.num_images) <= self.share(images)
+
+    def check(self, upload: Upload, partition_id: int, before: ArrayRecord) -> None:
+        """Raise `PayloadError` unless it is what this client was asked for, and nobody could refuse it later."""
+        header = upload.header
+        header.check(round_num=self.round_num, codec="weights", public_fingerprint=self.public_fingerprint)
+        if header.partition_id != partition_id:
+            raise PayloadError(f"it says it is of partition {header.partition_id}")
+        check_weights(upload.arrays, before, header.family)
+        self.devices.check_stated(upload.metrics, header.family)
 
 
 class ExactSum:
@@ -69,13 +97,13 @@ class ExactSum:
     """
 
     def __init__(self, before: ArrayRecord, capacity: float) -> None:
-        self.largest = largest_entries(before)
         self.total: dict[str, np.ndarray] = {}  # doubles, as the weights are shaped
+        self._largest = largest_entries(before)
         self._capacity = capacity
 
     def holds(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Whether these weights, of the right names and shapes and finite, are within the bound."""
-        return not has_grown(arrays, self.largest)
+        """Whether these weights, which are finite, are within the bound."""
+        return arrays.keys() == self._largest.keys() and not has_grown(arrays, self._largest)
 
     def add(self, arrays: Mapping[str, np.ndarray], share: float) -> None:
         """Add weights that it `holds`."""
@@ -86,8 +114,8 @@ class ExactSum:
             for start in range(0, flat.size, CHUNK):
                 part = flat[start : start + CHUNK]
                 part = np.multiply(part, share, out=scratch[: part.size], dtype=np.float64)
-                part += anchor  # leaves a multiple of the spacing, the next line of the weights' own size
-                part -= anchor
+                part += anchor  # rounds to a multiple of the spacing,
+                part -= anchor  # which is what is left now
                 total[start : start + CHUNK] += part
 
     def add_sum(self, sums: Mapping[str, np.ndarray]) -> None:
@@ -103,62 +131,73 @@ class ExactSum:
 
     def _anchor(self, name: str) -> float:
         """1.5 * 2^52 spacings: among doubles of this size the spacing is the distance to the next one."""
-        _, exponent = math.frexp(GROWTH * (self.largest[name] or 1.0) * self._capacity)  # all sums are below 2^exponent
+        _, exponent = math.frexp(
+            GROWTH * (self._largest[name] or 1.0) * self._capacity
+        )  # all sums are below 2^exponent
         return math.ldexp(1.5, exponent - BITS + 52)
 
 
 class Sums:
-    """Takes weights out of replies and adds them up, where they are exactly what was asked for."""
+    """Takes weights out of replies and adds them up by family, where they are exactly what was asked for."""
 
     def __init__(self, summation: Summation) -> None:
         self._summation = summation
-        self._of: dict[str, ExactSum] = {}  # by family
-        self._carriers: dict[str, Message] = {}
+        self._of: dict[str, ExactSum] = {}
+        self._members: dict[str, list[tuple[int, Message]]] = {}  # by family: partitions and replies
 
     def take(self, partition_id: int, sent: Message, reply: Message) -> None:
         """Add the reply's weights and leave it without them; any other reply stays whole, for the server to judge.
+
+        The first of its family stays whole, too, until there is another one: a sum of one would only be longer.
 
         Args:
             partition_id: whose reply it is.
             sent: what it answers.
             reply: changed in place.
         """
-        asked = self._summation
-        if reply.has_error() or partition_id not in asked.clients:
+        asked, before = self._summation, sent.content.get("arrays")
+        if reply.has_error() or noted_sum(reply) is not None or not isinstance(before, ArrayRecord):
             return
         try:
             upload = Upload.from_message(reply)
-            upload.header.check(round_num=asked.round_num, codec="weights", public_fingerprint=asked.public_fingerprint)
-            family = upload.header.family
-            before = sent.content["arrays"]
-            assert isinstance(before, ArrayRecord)
-            if upload.header.partition_id != partition_id or not asked.admits(upload):
-                return
-            check_weights(upload.arrays, before, family)
+            asked.check(upload, partition_id, before)
+            admitted = asked.admits(upload)
         except PayloadError:
             return
+        if not admitted or (asked.whole_after is not None and stated_seconds(reply) >= asked.whole_after):
+            return
+        family = upload.header.family
         if family not in self._of:
             self._of[family] = ExactSum(before, asked.capacity(family))
         if not self._of[family].holds(upload.arrays):
             return
         self._of[family].add(upload.arrays, asked.share(upload.num_images))
-        mark_summed(reply, num_bytes(reply))
-        reply.content["arrays"] = ArrayRecord()
-        self._carriers.setdefault(family, reply)
+        members = self._members.setdefault(family, [])
+        members.append((partition_id, reply))
+        if len(members) > 1:
+            for _, added in members if len(members) == 2 else members[-1:]:
+                note_sum(added, Summed(num_bytes=num_bytes(added)))
+                added.content["arrays"] = ArrayRecord()
 
     def hand_over(self) -> None:
         """Give each family's sum to the first reply that is in it."""
-        for family, reply in self._carriers.items():
-            reply.content["arrays"] = to_record(self._of[family].total)
+        for family, members in self._members.items():
+            if len(members) > 1:
+                _, first = members[0]
+                note_sum(first, Summed(num_bytes=num_bytes(first), partitions=tuple(p for p, _ in members)))
+                first.content["arrays"] = to_record(self._of[family].total)
 
 
 def mean_of(uploads: Iterable[Upload], summation: Summation, before: ArrayRecord) -> dict[str, Tensor]:
     """The weighted mean of one family's weights, by parameter name, as float32.
 
     Args:
-        uploads: checked, in partition order; whole ones, and summed ones of which one a sum brings it.
+        uploads: checked, in partition order: whole ones, and those of sums, each of which one of its uploads carries.
         summation: the round's.
         before: what the clients were sent, by `<family>/<parameter>`.
+
+    Raises:
+        FedSSLError: a sum is there without an upload that is in it, or the other way round.
     """
     uploads = list(uploads)
     family = uploads[0].header.family
@@ -166,16 +205,19 @@ def mean_of(uploads: Iterable[Upload], summation: Summation, before: ArrayRecord
     apart: dict[str, np.ndarray] = {}  # of those that the sum has no room for
     for upload in uploads:
         share = summation.share(upload.num_images)
-        if upload.summed:
+        if upload.summed is not None:
             exact.add_sum(upload.arrays)
         elif summation.admits(upload) and exact.holds(upload.arrays):
             exact.add(upload.arrays, share)
         else:
             for name, value in upload.arrays.items():
                 apart[name] = apart.get(name, 0.0) + np.multiply(value, share, dtype=np.float64)
+    of_sums = sorted(upload.header.partition_id for upload in uploads if upload.summed is not None)
+    if of_sums != sorted(partition for upload in uploads for partition in upload.summed or ()):
+        raise FedSSLError(f"the sums of {family}'s weights are not of the clients {of_sums[:5]} that answered")
     shares = sum(summation.share(upload.num_images) for upload in uploads)
     mean = {}
-    for name in before:
+    for name in dict.fromkeys([*before, *apart]):
         total = exact.total.get(name, 0.0) + apart.get(name, 0.0)
         mean[name.split("/", 1)[1]] = torch.from_numpy(np.asarray(total / shares)).float()
     return mean

@@ -131,6 +131,10 @@ class Devices:
         link = 8e-6 * downlink_bytes / self.downlink_mbps + 8e-6 * uplink_bytes / self.uplink_mbps
         return self.latency_s + slowdown * (link + self._compute_seconds(metrics, family))
 
+    def check_stated(self, metrics: Mapping[str, object], family: str) -> None:
+        """Raise `PayloadError` where `seconds` would."""
+        self._compute_seconds(metrics, family)
+
     def wait(self, asked: int, answered: Collection[float]) -> float:
         """Simulated seconds until the server goes on in a round for which it needs clients.
 

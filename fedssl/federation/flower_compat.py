@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -58,17 +59,30 @@ def stamp(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
-def mark_summed(reply: Message, num_bytes: int) -> None:
-    """Note that the weights of `reply`, in whole of so many bytes, were added to a sum where its client ran.
+@dataclass(frozen=True, kw_only=True)
+class Summed:
+    """That a reply's weights were added to a sum.
 
-    The note is no part of the content: it goes from process to process of one simulation, and nobody can send it.
+    Args:
+        num_bytes: of the whole reply.
+        partitions: whose weights are in the sum, of the reply that carries it.
     """
-    reply.__dict__["_summed_bytes"] = num_bytes
+
+    num_bytes: int
+    partitions: tuple[int, ...] = ()
 
 
-def summed_bytes(reply: Message) -> int | None:
-    """What `mark_summed` noted; None of a whole message."""
-    noted: int | None = reply.__dict__.get("_summed_bytes")
+def note_sum(reply: Message, summed: Summed) -> None:
+    """Note this at the reply.
+
+    It is no part of the content: it goes from process to process of one simulation, and nobody can send it.
+    """
+    reply.__dict__["_summed"] = summed
+
+
+def noted_sum(reply: Message) -> Summed | None:
+    """What `note_sum` noted; None of a whole reply."""
+    noted: Summed | None = reply.__dict__.get("_summed")
     return noted
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation.arrays import read_array
 from fedssl.federation.averaging import Summation, mean_of
-from fedssl.federation.flower_compat import summed_bytes
+from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays, to_metrics
 from fedssl.federation.server import Server, check_finite, read_uploads
@@ -24,6 +24,7 @@ from fedssl.models import Model
 log = logging.getLogger(__name__)
 
 LOST = "lost_rounds/"  # names in a strategy's state
+SEE_UPLOADS = ("configure_train", "check", "check_arrays", "aggregate_train", "merge", "state")  # methods
 
 
 class WeightUploads(GlobalModels):
@@ -209,7 +210,8 @@ class PerFamily(WeightUploads):
 class Averaging(PerFamily):
     """A family's new weights are the mean of its clients': sum_k share_k w_k / sum_k share_k over those that answered.
 
-    The sums may be begun where the clients run (`summation`), and are the same bit for bit (`averaging`).
+    Uploads are added up as they come, some where their clients run, and the mean is the same bit for bit
+    (`fedssl.federation.averaging`).
 
     Args:
         server: what the framework knows.
@@ -223,9 +225,10 @@ class Averaging(PerFamily):
 
     @property
     def summation(self) -> Summation | None:
-        """What workers may do with this round's uploads; None for a subclass that wants to see each."""
-        sees_none = type(self).check is Averaging.check and type(self).merge is Averaging.merge
-        return self._summation if sees_none else None
+        """How others may add up this round's uploads; None where a subclass looks at single ones."""
+        kind = type(self)
+        looks = any(getattr(kind, n) is not getattr(Averaging, n) or n in vars(self) for n in SEE_UPLOADS)
+        return None if looks else self._summation
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -237,15 +240,16 @@ class Averaging(PerFamily):
             public_fingerprint=self.server.public_set.fingerprint,
             weighted=self.weighted,
             clients={member.partition_id: (member.family, member.num_images) for member in self.cohort},
+            devices=self.server.devices,
         )
         return messages
 
     def check(self, reply: Message) -> Upload:
-        """As `WeightUploads`; what was added up where the client ran was checked there."""
-        if reply in self.checked or summed_bytes(reply) is None:
+        """As `WeightUploads`; what was added to a sum was checked before."""
+        if noted_sum(reply) is None:
             return super().check(reply)
-        upload = self.checked[reply] = Upload.from_message(reply)
-        return upload
+        self.checked.pop(reply, None)  # it had its weights then
+        return Upload.from_message(reply)
 
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean of the uploads."""

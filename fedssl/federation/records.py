@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedssl.errors import PayloadError
 from fedssl.federation.arrays import dtype_name, read_array, to_record
-from fedssl.federation.flower_compat import summed_bytes
+from fedssl.federation.flower_compat import noted_sum
 from fedssl.models import recount_batches
 
 
@@ -134,14 +134,14 @@ class Upload:
         header: who and what for.
         arrays: named arrays, exactly as sent; read-only where a message brought them.
         metrics: plain numbers; `num-examples` is the number of private images, see `num_images`.
-        summed: its weights were added to others' where its client ran (`fedssl.federation.averaging`); `arrays` are
-            empty, or the sum of all that were added there.
+        summed: its weights were added to others' (`fedssl.federation.averaging`), and `arrays` are empty, or the sum
+            of those of these partitions.
     """
 
     header: Header
     arrays: Mapping[str, np.ndarray]
     metrics: Mapping[str, float]
-    summed: bool = False
+    summed: tuple[int, ...] | None = None
 
     @property
     def num_images(self) -> float:
@@ -193,8 +193,8 @@ class Upload:
                 )
             arrays[name] = value
         metrics = {name: float(v) for name, v in records["metrics"].items() if isinstance(v, int | float)}
-        header = Header.from_record(records["header"])
-        return cls(header=header, arrays=arrays, metrics=metrics, summed=summed_bytes(message) is not None)
+        header, noted = Header.from_record(records["header"]), noted_sum(message)
+        return cls(header=header, arrays=arrays, metrics=metrics, summed=None if noted is None else noted.partitions)
 
 
 _UPLOAD = {"arrays": ArrayRecord, "metrics": MetricRecord, "header": ConfigRecord}
@@ -205,12 +205,12 @@ def num_bytes(message: Message) -> int:
     """Size of a message's records: names, encoded arrays, 8 bytes a number, strings by length.
 
     Flower's own count, except that Flower's raises for an empty string or list, which anybody may send. Of a reply
-    whose weights were added up where its client ran, what it had before.
+    whose weights were added to a sum, what it had before.
     """
     if message.has_error():
         return 0
-    if (whole := summed_bytes(message)) is not None:
-        return whole
+    if (summed := noted_sum(message)) is not None:
+        return summed.num_bytes
     return sum(
         len(name) + sum(len(entry) + _num_bytes(value) for entry, value in record.items())
         for name, record in message.content.items()

@@ -84,8 +84,6 @@ class KeptReplies:
         """Keep a usable reply if its client worked long enough; one that cannot be written is named and left out."""
         if self.after is None or stated_seconds(reply) < self.after:
             return
-        if flower_compat.summed_bytes(reply) is not None:  # only clients that are expected to be short are added up
-            return
         path = self._path(partition_id)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:

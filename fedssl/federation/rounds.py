@@ -16,8 +16,9 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedssl.errors import PayloadError, TooFewRepliesError
-from fedssl.federation.averaging import Summation
+from fedssl.federation.averaging import Summation, Sums
 from fedssl.federation.checkpoint import Checkpoints, Progressed
+from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.records import Upload, family_state, load_state, num_bytes
 from fedssl.federation.replies import KeptReplies
 from fedssl.federation.roster import Member, ask_roster, by_node
@@ -97,8 +98,9 @@ def gather(
         simulate: client, message and reply -> the simulated seconds in between.
         deadline_s: simulated seconds after which a reply is late; it was sent, so its bytes count.
         kept: where replies outlive this process; what it has is not asked for again, and counts as if it had been.
-        summation: how the uploads may be added up where the clients run, by a grid that can (`adds_up`); not with a
-            `deadline_s`, which refuses single ones later.
+        summation: the strategy wants the sum of the uploads alone. They are added up as they come, so that few are
+            held, and by a grid that can (`push_to_add_up`) where the clients run; not there with a `deadline_s`,
+            which refuses single ones later.
     """
     messages = list(messages)
     gathered = Gathered()
@@ -108,6 +110,7 @@ def gather(
     deadline = None if timeout is None else time.monotonic() + timeout
     gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
     usable: dict[int, Message] = {}
+    sums = None if summation is None else Sums(summation)
 
     def arrived(member: Member, sent: Message, reply: Message) -> bool:
         """Sort one reply in; whether it is usable."""
@@ -132,17 +135,27 @@ def gather(
         usable[partition] = reply
         return True
 
+    def add_up(member: Member, sent: Message, reply: Message) -> None:
+        if sums is not None:
+            sums.take(member.partition_id, sent, reply)
+            if noted_sum(reply) is not None:
+                check(reply)  # what the strategy keeps of it is without weights now
+
     unanswered = []
     for message in messages:
         member = members[message.metadata.dst_node_id]
         if kept is not None and (reply := kept.serve(member.partition_id, message)) is not None:
-            arrived(member, message, reply)
+            if arrived(member, message, reply):
+                add_up(member, message, reply)
         else:
             unanswered.append(message)
     ids: list[str] = []
     if unanswered:
-        adds_up = summation is not None and deadline_s is None and getattr(grid, "adds_up", False)
-        ids = list(grid.push_messages(unanswered, **({"summation": summation} if adds_up else {})))
+        if summation is not None and deadline_s is None and hasattr(grid, "push_to_add_up"):
+            whole_after = None if kept is None else kept.after
+            ids = list(grid.push_to_add_up(unanswered, replace(summation, whole_after=whole_after)))
+        else:
+            ids = list(grid.push_messages(unanswered))
     waiting = {
         message_id: (members[message.metadata.dst_node_id], message)
         for message_id, message in zip(ids, unanswered, strict=True)
@@ -150,8 +163,11 @@ def gather(
     while waiting and (deadline is None or time.monotonic() < deadline):
         for reply in grid.pull_messages(list(waiting)):
             member, sent = waiting.pop(reply.metadata.reply_to_message_id)
-            if arrived(member, sent, reply) and kept is not None:
+            if not arrived(member, sent, reply):
+                continue
+            if kept is not None:
                 kept.keep(member.partition_id, sent, reply)
+            add_up(member, sent, reply)
     if waiting:
         forget = getattr(grid, "forget", None)  # ours stop working for nobody; Flower's drop late replies themselves
         if forget is not None:
@@ -163,6 +179,8 @@ def gather(
         for node_id in event.node_ids:
             partition = members[node_id].partition_id
             gathered.failures.append(Failure(partition=partition, kind=event.kind, reason=event.reason))
+    if sums is not None:
+        sums.hand_over()
     gathered.failures.sort(key=lambda failure: failure.partition)
     gathered.replies = [usable[partition] for partition in sorted(usable)]
     return gathered

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -90,6 +91,7 @@ def client_app(folder: Path) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
+        started = time.perf_counter()
         partition_id = int(cast(int, context.node_config["partition-id"]))
         load_state(model, family_state(message.content.array_records["arrays"], FAMILY))
         loss = task.train(model, partition_id)
@@ -102,7 +104,7 @@ def client_app(folder: Path) -> ClientApp:
                 public_fingerprint=FINGERPRINT,
             ),
             arrays={f"{FAMILY}/{name}": value.numpy() for name, value in model_state(model).items()},
-            metrics={"loss": loss, "num-examples": NUM_IMAGES},
+            metrics={"loss": loss, "num-examples": NUM_IMAGES, "seconds": time.perf_counter() - started},
         )
         return Message(upload.to_content(), reply_to=message)
 

@@ -24,15 +24,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
-from fedssl.federation.averaging import Summation, Sums
 from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config
+
+if TYPE_CHECKING:
+    from fedssl.federation.averaging import Summation  # and so torch, which a worker imports once it knows its GPUs
 
 log = logging.getLogger(__name__)
 
@@ -318,7 +320,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 # --- the worker's side -----------------------------------------------------------------------------------------------
 
 # What crosses between driver and worker. `records` holds a record, or the key of a broadcast one.
-_Job = tuple[Metadata, dict[str, Any], RecordDict | None, int | None]  # metadata, records, Context.state, summation
+_Job = tuple[Metadata, dict[str, Any], RecordDict | None, int | None]  # metadata, records, Context.state, summation key
 _Result = tuple[Message, RecordDict | None, float]  # reply, Context.state, seconds
 
 
@@ -372,20 +374,22 @@ class _Worker:
         """Answer a batch; `broadcast` holds references to records this worker has not seen."""
         import ray
 
+        from fedssl.federation.averaging import Sums
+
         assert self._app is not None
         for key, reference in broadcast.items():
             self._broadcast[key] = flower_compat.loads(*ray.get(reference))
         results = []
         jobs: list[_Job] = flower_compat.loads(batch, buffers)
         sums = {key: Sums(self._broadcast[key]) for *_, key in jobs if key is not None and len(jobs) > 1}
-        for metadata, records, state, summation in jobs:
+        for metadata, records, state, summation_key in jobs:
             content = RecordDict({n: self._broadcast[r] if isinstance(r, int) else r for n, r in records.items()})
             message = flower_compat.rebuild(metadata, content)
             config = node_config(metadata.dst_node_id, self._num_partitions)
             started = time.perf_counter()
             reply, state = answer(self._app, message, config, state)
-            if summation in sums:
-                sums[summation].take(metadata.dst_node_id - FIRST_NODE_ID, message, reply)
+            if summation_key in sums:
+                sums[summation_key].take(metadata.dst_node_id - FIRST_NODE_ID, message, reply)
             results.append((reply, state, time.perf_counter() - started))
         for added_up in sums.values():
             added_up.hand_over()
@@ -407,8 +411,8 @@ class _Task:
 
     message: Message
     records: dict[str, Any]  # as in `_Job`
-    keys: tuple[int, ...]  # of its broadcast records and the summation
-    summation: int | None = None  # the key of that, where its reply may be added up with others
+    keys: tuple[int, ...]  # of its broadcast records and of the summation
+    summation_key: int | None = None  # where its reply may be added up with others
     deaths: int = 0  # workers that died while they ran this message alone
     alone: bool = False  # it was in a batch that died
     wanted: bool = True
@@ -488,7 +492,7 @@ class RayGrid(LocalGrid):
         self._broadcast: dict[int, Any] = {}  # references to records in the object store
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
         self._next_key = 0
-        self._summation: int | None = None  # the key of what applies to the messages that are being pushed
+        self._summation: "Summation | None" = None  # of the messages that are being pushed
         self._failed_starts = 0
         self._last_seen = time.monotonic()  # a worker that had started
         self._closed = False
@@ -496,13 +500,15 @@ class RayGrid(LocalGrid):
         open_grids.add(self)
 
     # --- messages
-    adds_up = True
 
-    def push_messages(self, messages: Iterable[Message], *, summation: Summation | None = None) -> list[str]:
-        """As `LocalGrid`; the replies to those that travel together are added up by their worker, where they can be."""
-        self._summation = None if summation is None else self._put(summation)
+    def push_to_add_up(self, messages: Iterable[Message], summation: "Summation") -> list[str]:
+        """As `push_messages`; a worker adds up the uploads of clients that travel together, where it can.
+
+        All replies are to be pulled or forgotten together: one that is left out may be in another one's sum.
+        """
+        self._summation = summation
         try:
-            return super().push_messages(messages)
+            return self.push_messages(messages)
         finally:
             self._summation = None
 
@@ -539,6 +545,7 @@ class RayGrid(LocalGrid):
     def _push(self, messages: Sequence[Message]) -> None:
         if self._closed:
             raise RuntimeError("this grid is closed")
+        summation_key = None if self._summation is None or not messages else self._put(self._summation)
         keys: dict[int, int | None] = {}  # by identity of a record: large ones get a key, once
         tasks = []
         for message in messages:
@@ -549,10 +556,10 @@ class RayGrid(LocalGrid):
                 if (key := keys[id(record)]) is not None:
                     records[name] = key
             used = tuple(value for value in records.values() if isinstance(value, int))
-            if self._summation is not None:
-                used += (self._summation,)
+            if summation_key is not None:
+                used += (summation_key,)
             self._users.update(used)
-            tasks.append(_Task(message, records, used, self._summation))
+            tasks.append(_Task(message, records, used, summation_key))
         self._tasks.update((task.message_id, task) for task in tasks)
         tasks.sort(key=lambda task: -self._expected(task))  # the longest first; new clients keep their order
         self._queue.extend(tasks)
@@ -568,7 +575,7 @@ class RayGrid(LocalGrid):
             ready = [i for i in message_ids if i in self._replies]
         return {i: self._replies.pop(i) for i in ready}
 
-    def _put(self, record: flower_compat.Record | Summation) -> int:
+    def _put(self, record: "flower_compat.Record | Summation") -> int:
         self._next_key += 1
         self._broadcast[self._next_key] = self._ray.put(flower_compat.dumps(record))
         return self._next_key
@@ -632,7 +639,7 @@ class RayGrid(LocalGrid):
     def _give(self, slot: _Slot, tasks: list[_Task]) -> None:
         """Send a worker these messages, and the broadcast records it lacks."""
         batch: list[_Job] = [
-            (task.message.metadata, task.records, self._states.get(task.node_id), task.summation) for task in tasks
+            (task.message.metadata, task.records, self._states.get(task.node_id), task.summation_key) for task in tasks
         ]
         unseen = {key for task in tasks for key in task.keys} - slot.keys
         slot.keys |= unseen
@@ -701,8 +708,8 @@ class RayGrid(LocalGrid):
         results: list[_Result] = (
             flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
         )
-        if not all(task.wanted for task in tasks) and any(flower_compat.summed_bytes(reply) for reply, *_ in results):
-            self._run_again(tasks)  # the sum holds what nobody waits for, or what another worker answers
+        if not all(task.wanted for task in tasks) and any(flower_compat.noted_sum(reply) for reply, *_ in results):
+            self._run_again(tasks)  # the sum holds what nobody waits for
             return
         for task, (reply, state, seconds) in zip(tasks, results, strict=True):
             mean, count = self._typical.get(task.message_type, (0.0, 0))
