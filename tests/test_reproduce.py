@@ -557,6 +557,32 @@ def test_a_row_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFixtur
     assert not (work / LOCK).exists()
 
 
+def test_a_result_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever the two work."""
+    output = tiny.parent / "results" / "one.json"
+    output.parent.mkdir()
+    arguments = [
+        "averaged",
+        "--rows",
+        str(tiny),
+        "--work",
+        str(tiny.parent / "w"),
+        "-o",
+        str(output),
+        "--seconds",
+        "0.001",
+    ]
+    with held(output.parent, "", "", name=".one.json.lock"):
+        assert reproduce.main(arguments) == 2
+        assert f"error: {output} is in use by process {os.getpid()} on " in (err := capsys.readouterr().err)
+        assert "name another file with -o" in err
+        assert (
+            reproduce.main([*arguments[:-3], str(output.with_name("other.json")), *arguments[-2:]]) == reproduce.STOPPED
+        )
+    assert reproduce.main(arguments) == reproduce.STOPPED
+    assert sorted(path.name for path in output.parent.iterdir()) == ["one.json", "other.json"]
+
+
 @pytest.mark.parametrize(("content", "message"), [("", "cannot read"), ("{}", "no summary"), ("[]", "no summary")])
 def test_a_damaged_summary_is_named(content: str, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.parent / "work" / "averaged" / "run" / "summary.json"

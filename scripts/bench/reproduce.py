@@ -377,7 +377,6 @@ def reproduce(
 
     started = time.monotonic()
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
-    output.parent.mkdir(parents=True, exist_ok=True)
     before = earlier(output, row, table, shrunken=shrunken)
     runs = dict(zip((job.name for job in jobs), before.get("runs", ()), strict=bool(before)))
     attempts = {name: list(run.get("attempts", ())) for name, run in runs.items()}
@@ -545,7 +544,17 @@ def _measure(args: argparse.Namespace, table: Table) -> int:
             )
     work = args.work / (row.name + ("-cpu" if args.cpu else ""))
     work.mkdir(parents=True, exist_ok=True)
-    with held(work, str(work), "wait until it has ended, or name another folder with --work"):
+    output = args.output or rows.RESULTS / row.file(args.cpu)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        held(work, str(work), "wait until it has ended, or name another folder with --work"),
+        held(
+            output.parent,
+            str(output),
+            "wait until it has ended, or name another file with -o",
+            name=f".{output.name}.lock",
+        ),
+    ):
         return reproduce(
             row,
             table,
@@ -553,5 +562,5 @@ def _measure(args: argparse.Namespace, table: Table) -> int:
             data=args.data,
             work=work,
             seconds=args.seconds,
-            output=args.output or rows.RESULTS / row.file(args.cpu),
+            output=output,
         )
