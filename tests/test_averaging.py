@@ -126,15 +126,25 @@ def test_a_mean_is_off_by_less_than_a_float32_can_say(values: list[float], image
     assert error <= len(values) * Fraction(2) ** -47
 
 
-def test_many_entries_are_added_in_pieces() -> None:
-    """More than are added at once, in an order of their own in memory, and one without any."""
-    value = np.asfortranarray(np.random.default_rng(0).normal(size=(300, 250)).astype(np.float32))
-    arrays = {"f/w": value, "f/scale": np.array(2, np.float32), "f/none": np.zeros((0, 3), np.float32)}
-    exact = ExactSum(to_record(arrays), 4.0)
-    exact.add(arrays, 3.0)
-    exact.add(arrays, 1.0)
-    for name in arrays:
-        np.testing.assert_array_equal(exact.total[name], 4.0 * arrays[name].astype(np.float64))
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_every_kind_of_array_is_rounded_to_the_spacing(dtype: str) -> None:
+    """In an order of its own in memory, of no dimension, without entries, and one that nobody may change."""
+    value = np.random.default_rng(0).uniform(-1, 1, size=(30, 25)).astype(dtype)
+    frozen = value.copy()
+    frozen.flags.writeable = False
+    arrays = {
+        "f/w": np.asfortranarray(value),
+        "f/v": frozen,
+        "f/s": np.array(1, dtype),
+        "f/none": np.zeros((0, 3), dtype),
+    }
+    exact = ExactSum(to_record({name: np.ones_like(array) for name, array in arrays.items()}), 4.0)
+    exact.add(arrays, 2.5)
+    exact.add(arrays, 0.3)
+    spacing = 2.0 ** (6 - 51)  # 10 * 1 * 4 is below 2^6
+    for name, array in arrays.items():
+        rounded = [spacing * np.round(array.astype(np.float64) * share / spacing) for share in (2.5, 0.3)]
+        np.testing.assert_array_equal(exact.total[name], sum(rounded))
 
 
 # --- what may be in a sum ---------------------------------------------------------------------------------------------
@@ -173,23 +183,27 @@ def test_a_reply_that_was_added_keeps_all_but_its_weights() -> None:
     assert worker.sums is not sums
 
 
-def test_a_sum_is_taken_into_no_other_sum() -> None:
-    """Not even where its weights are doubles, as the sum is."""
+@pytest.mark.parametrize("groups", [[(0, 1)], [(0, 1), (2, 3)], [(0, 1), (2,), (3, 4)], [(0,), (1, 2)]])
+def test_a_server_adds_up_sums_as_such(groups: list[tuple[int, ...]]) -> None:
+    """Not as an upload, even where weights are doubles, as sums are."""
     before = to_record({f"{FAMILY}/w": np.ones(2)})
-    worker = Sums(SUMMATION)
-    replies = []
-    for partition in (0, 1):
-        message, reply = exchange(upload(partition, {f"{FAMILY}/w": np.full(2, 0.1)}))
-        message.content["arrays"] = before
-        worker.take(partition, message, reply)
-        replies.append((partition, message, reply))
-    worker.hand_over()
-    server = Sums(SUMMATION)
-    for args in replies:
-        server.take(*args)
+    server, replies = Sums(SUMMATION), []
+    for group in groups:
+        worker, done = Sums(SUMMATION), []
+        for partition in group:
+            message, reply = exchange(upload(partition, {f"{FAMILY}/w": np.full(2, 0.125)}))
+            message.content["arrays"] = before
+            worker.take(partition, message, reply)
+            done.append((partition, message, reply))
+        worker.hand_over()
+        for args in done:
+            server.take(*args)
+        replies += [reply for *_, reply in done]
     server.hand_over()
-    assert [Upload.from_message(reply).summed for *_, reply in replies] == [(0, 1), ()]
-    np.testing.assert_allclose(Upload.from_message(replies[0][2]).arrays[f"{FAMILY}/w"], 4.7)
+    first, *others = (Upload.from_message(reply) for reply in replies)
+    assert first.summed == tuple(partition for group in groups for partition in group)
+    assert [(other.summed, other.arrays) for other in others] == [((), {})] * len(others)
+    np.testing.assert_array_equal(first.arrays[f"{FAMILY}/w"], sum(NUM_IMAGES[p] for p in first.summed) / 8)
 
 
 def test_what_a_message_carries_cannot_claim_to_be_a_sum() -> None:

@@ -19,9 +19,10 @@ from torchvision.transforms.v2 import functional as tv
 import fedssl.data.views as views_package
 from fedssl.data.views import ColourDraw, ColourViews, GeometricDraw, GeometricViews, ShiftDraw, ShiftViews, Views
 from fedssl.data.views.blur import gaussian_blur
-from fedssl.data.views.fused import GRAIN, _compiled
+from fedssl.data.views.fused import GRAIN
 from fedssl.data.views.jitter import CONTRAST, HUE, linear_jitter, shift_hue
 from fedssl.errors import ConfigError
+from fedssl.native import native
 
 CONF = Path(__file__).parents[1] / "conf" / "views"
 
@@ -167,7 +168,7 @@ def test_fused_kernel_gives_the_same_bits_on_any_number_of_threads(kind: str) ->
 def test_a_kernel_that_cannot_be_cached_is_compiled_all_the_same() -> None:
     namespace: dict[str, Any] = {}
     exec("def twice(x):\n    return 2 * x", namespace)  # without a file there is no folder for the cache
-    compiled = _compiled(namespace["twice"])
+    compiled = native(namespace["twice"])
     assert compiled(3) == 6
     assert compiled.signatures  # type: ignore[attr-defined]
 

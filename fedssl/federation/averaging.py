@@ -33,7 +33,6 @@ from fedssl.federation.replies import stated_seconds
 from fedssl.federation.weights import GROWTH, check_weights, has_grown, largest_entries
 
 BITS = 51  # of a sum beyond the spacing: a double has 53, and a number rounded by adding 1.5 * 2^52 spacings at most 51
-CHUNK = 1 << 15  # entries that are added at once: 256 KB of doubles, which a core's cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,27 +106,27 @@ class ExactSum:
 
     def add(self, arrays: Mapping[str, np.ndarray], share: float) -> None:
         """Add weights that it `holds`."""
-        scratch = np.empty(CHUNK)
+        from fedssl.federation.rounded import add_rounded
+
         for name, value in arrays.items():
+            known = value if value.dtype in (np.float32, np.float64) else value.astype(np.float64)
             total = self._total(name, value).reshape(-1)
-            flat, anchor = value.reshape(-1), self._anchor(name)
-            for start in range(0, flat.size, CHUNK):
-                part = flat[start : start + CHUNK]
-                part = np.multiply(part, share, out=scratch[: part.size], dtype=np.float64)
-                part += anchor  # rounds to a multiple of the spacing,
-                part -= anchor  # which is what is left now
-                total[start : start + CHUNK] += part
+            add_rounded(total, known.reshape(-1), float(share), self._anchor(name))
 
     def add_sum(self, sums: Mapping[str, np.ndarray]) -> None:
         """Add another sum with this `before` and capacity."""
         for name, value in sums.items():
-            total = self._total(name, value)
-            total += value
+            self.total[name] = self.total[name] + value if name in self.total else value
 
     def _total(self, name: str, like: np.ndarray) -> np.ndarray:
-        if name not in self.total:
-            self.total[name] = np.zeros(like.shape)
-        return self.total[name]
+        """To be changed in place."""
+        total = self.total.get(name)
+        if total is None:
+            total = np.zeros(like.shape)
+        elif not total.flags.writeable:  # it came in a message
+            total = total.copy()
+        self.total[name] = total
+        return total
 
     def _anchor(self, name: str) -> float:
         """1.5 * 2^52 spacings: among doubles of this size the spacing is the distance to the next one."""
@@ -143,12 +142,14 @@ class Sums:
     def __init__(self, summation: Summation) -> None:
         self._summation = summation
         self._of: dict[str, ExactSum] = {}
-        self._members: dict[str, list[tuple[int, Message]]] = {}  # by family: partitions and replies
+        self._first: dict[str, Message] = {}  # of each family's replies that were added: it will carry the sum
+        self._partitions: dict[str, list[int]] = {}  # whose weights were added
 
     def take(self, partition_id: int, sent: Message, reply: Message) -> None:
         """Add the reply's weights and leave it without them; any other reply stays whole, for the server to judge.
 
-        The first of its family stays whole, too, until there is another one: a sum of one would only be longer.
+        A sum that it carries is added, too. The first of its family stays as it is until there is another one: a sum of
+        one upload would only be longer.
 
         Args:
             partition_id: whose reply it is.
@@ -156,36 +157,47 @@ class Sums:
             reply: changed in place.
         """
         asked, before = self._summation, sent.content.get("arrays")
-        if reply.has_error() or noted_sum(reply) is not None or not isinstance(before, ArrayRecord):
+        if reply.has_error() or not isinstance(before, ArrayRecord):
+            return
+        noted = noted_sum(reply)
+        if noted is not None and not noted.partitions:
             return
         try:
             upload = Upload.from_message(reply)
-            asked.check(upload, partition_id, before)
+            if noted is None:
+                asked.check(upload, partition_id, before)
             admitted = asked.admits(upload)
         except PayloadError:
             return
         if not admitted or (asked.whole_after is not None and stated_seconds(reply) >= asked.whole_after):
             return
         family = upload.header.family
-        if family not in self._of:
-            self._of[family] = ExactSum(before, asked.capacity(family))
-        if not self._of[family].holds(upload.arrays):
+        exact = self._of.get(family) or ExactSum(before, asked.capacity(family))
+        if noted is not None:
+            exact.add_sum(upload.arrays)
+        elif exact.holds(upload.arrays):
+            exact.add(upload.arrays, asked.share(upload.num_images))
+        else:
             return
-        self._of[family].add(upload.arrays, asked.share(upload.num_images))
-        members = self._members.setdefault(family, [])
-        members.append((partition_id, reply))
-        if len(members) > 1:
-            for _, added in members if len(members) == 2 else members[-1:]:
-                note_sum(added, Summed(num_bytes=num_bytes(added)))
-                added.content["arrays"] = ArrayRecord()
+        self._of[family] = exact
+        self._partitions.setdefault(family, []).extend([partition_id] if noted is None else noted.partitions)
+        first = self._first.setdefault(family, reply)
+        if first is not reply:
+            _strip(first)
+            _strip(reply)
 
     def hand_over(self) -> None:
         """Give each family's sum to the first reply that is in it."""
-        for family, members in self._members.items():
-            if len(members) > 1:
-                _, first = members[0]
-                note_sum(first, Summed(num_bytes=num_bytes(first), partitions=tuple(p for p, _ in members)))
+        for family, first in self._first.items():
+            if not first.content["arrays"]:
+                note_sum(first, Summed(num_bytes=num_bytes(first), partitions=tuple(self._partitions[family])))
                 first.content["arrays"] = to_record(self._of[family].total)
+
+
+def _strip(reply: Message) -> None:
+    """Take the weights out of a reply that was added; a second time it changes nothing."""
+    note_sum(reply, Summed(num_bytes=num_bytes(reply)))
+    reply.content["arrays"] = ArrayRecord()
 
 
 def mean_of(uploads: Iterable[Upload], summation: Summation, before: ArrayRecord) -> dict[str, Tensor]:

@@ -108,7 +108,11 @@ def gather(
         return gathered
     members = by_node(grid)
     deadline = None if timeout is None else time.monotonic() + timeout
-    gathered.downlink_bytes = sum(num_bytes(message) for message in messages)
+    sizes: dict[int, int] = {}
+    for message in messages:  # clients of a family share one content
+        if id(message.content) not in sizes:
+            sizes[id(message.content)] = num_bytes(message)
+        gathered.downlink_bytes += sizes[id(message.content)]
     usable: dict[int, Message] = {}
     sums = None if summation is None else Sums(summation)
 
@@ -137,8 +141,9 @@ def gather(
 
     def add_up(member: Member, sent: Message, reply: Message) -> None:
         if sums is not None:
+            whole = noted_sum(reply) is None
             sums.take(member.partition_id, sent, reply)
-            if noted_sum(reply) is not None:
+            if whole and noted_sum(reply) is not None:
                 check(reply)  # what the strategy keeps of it is without weights now
 
     unanswered = []
@@ -188,7 +193,9 @@ def gather(
 
 def _check_sender(reply: Message, member: Member) -> None:
     """Refuse an upload in the name of another client or family; one without our header (a stock client's) has none."""
-    header = reply.content.config_records.get("header", ConfigRecord())
+    header = reply.content.get("header", ConfigRecord())
+    if not isinstance(header, ConfigRecord):
+        raise PayloadError(f"its header should be of type ConfigRecord, got {type(header).__name__}")
     if (claimed := header.get("partition_id", member.partition_id)) != member.partition_id:
         raise PayloadError(f"it says it is of partition {claimed!r}")
     if (family := header.get("family", member.family)) != member.family:

@@ -278,5 +278,6 @@ def read_uploads(replies: Iterable[Message], check: Callable[[Message], Read]) -
         except PayloadError as error:
             log.warning("refused the reply of node %d: %s", reply.metadata.src_node_id, error)
         else:
-            usable.append((Header.from_record(reply.content.config_records["header"]).partition_id, read))
+            header: Mapping[str, object] = reply.content["header"]  # Flower's `config_records` copies all records
+            usable.append((Header.from_record(header).partition_id, read))
     return [read for _, read in sorted(usable, key=lambda pair: pair[0])]

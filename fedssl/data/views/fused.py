@@ -3,20 +3,16 @@
 The same formulas as crop.py, jitter.py and blur.py on the same draws; what is summed in another order differs in the
 last bits. An image's result is its own, so the same draw gives the same bits whatever the batch and the number of
 threads.
-
-The first call in a process reads the compiled code from numba's cache (`__pycache__` beside this file, or the user's
-cache folder where that cannot be written), and compiles it where it is not there.
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, TypeVar, cast, no_type_check
+from typing import no_type_check
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -24,6 +20,7 @@ from torch import Tensor
 
 from fedssl.data.views.colour import ColourDraw
 from fedssl.data.views.jitter import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION
+from fedssl.native import native
 
 GRAIN = 2**15  # values of views that are worth a thread
 LANES = 32  # partial sums of a mean, so that several values are added at a time
@@ -31,8 +28,6 @@ LANES = 32  # partial sums of a mean, so that several values are added at a time
 f32 = np.float32  # numba would compute in double precision with Python's numbers
 ZERO, ONE, TWO, THREE, FOUR, SIX, WHITE = (f32(value) for value in (0, 1, 2, 3, 4, 6, 255))
 RED, GREEN, BLUE = (f32(value) for value in LUMA)
-
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 def colour_views(
@@ -76,16 +71,7 @@ def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=f"views-{pid}")
 
 
-def _compiled(function: Kernel) -> Kernel:
-    """`function` as machine code that runs without the interpreter's lock."""
-    try:
-        kernel: Any = numba.njit(function, cache=True, nogil=True, error_model="numpy")
-    except RuntimeError:  # no folder can be written: compiled in each process
-        kernel = numba.njit(function, nogil=True, error_model="numpy")
-    return cast(Kernel, kernel)
-
-
-@_compiled
+@native
 @no_type_check
 def _taps(start, length, reverse, first, weights):
     """first (size,) and weights (size, reach): the input pixels of each output pixel; see crop.py's `_resampling`."""
@@ -108,7 +94,7 @@ def _taps(start, length, reverse, first, weights):
     return taps
 
 
-@_compiled
+@native
 @no_type_check
 def _crop(image, box, flip, taps_x, weights_x, taps_y, weights_y, source, lines, out):
     """image (3, h, w) -> out (3, size, size): first along the lines of the box, then across them.
@@ -145,7 +131,7 @@ def _crop(image, box, flip, taps_x, weights_x, taps_y, weights_y, source, lines,
                     target[x] += weight * line[x]
 
 
-@_compiled
+@native
 @no_type_check
 def _mean(values, lanes):
     """Of values (n,); one partial sum per lane, and these in order."""
@@ -164,19 +150,19 @@ def _mean(values, lanes):
     return total / f32(num)
 
 
-@_compiled
+@native
 @no_type_check
 def _clamp(value):
     return min(max(value, ZERO), WHITE)
 
 
-@_compiled
+@native
 @no_type_check
 def _grey(red, green, blue):
     return red * RED + green * GREEN + blue * BLUE
 
 
-@_compiled
+@native
 @no_type_check
 def _scale(pixels, factor, offset):
     """Brightness; contrast with the offset (1 - factor) * mean grey."""
@@ -186,7 +172,7 @@ def _scale(pixels, factor, offset):
             channel[i] = _clamp(channel[i] * factor + offset)
 
 
-@_compiled
+@native
 @no_type_check
 def _saturate(pixels, factor):
     """Factor 0 is grayscale."""
@@ -198,13 +184,13 @@ def _saturate(pixels, factor):
         blue[i] = _clamp(blue[i] * factor + offset)
 
 
-@_compiled
+@native
 @no_type_check
 def _trapezoid(hue, low, chroma):
     return min(max(hue, ZERO), ONE) * chroma + low
 
 
-@_compiled
+@native
 @no_type_check
 def _shift_hue(pixels, turns):
     """See jitter.py's `shift_hue`; |turns| <= 0.5."""
@@ -227,7 +213,7 @@ def _shift_hue(pixels, turns):
         blues[i] = _trapezoid(TWO - abs(hue - FOUR), low, chroma)
 
 
-@_compiled
+@native
 @no_type_check
 def _jitter(pixels, order, factors, grayscale, lanes):
     """pixels (3, n) in place; see jitter.py's `jitter_`. An operation with its neutral factor is left out."""
@@ -249,7 +235,7 @@ def _jitter(pixels, order, factors, grayscale, lanes):
         _saturate(pixels, ZERO)
 
 
-@_compiled
+@native
 @no_type_check
 def _linear_jitter(pixels, order, factors, grayscale, lanes):
     """pixels (3, n) in place; see jitter.py's `linear_jitter`."""
@@ -286,7 +272,7 @@ def _linear_jitter(pixels, order, factors, grayscale, lanes):
         blues[i] = _clamp(a[2, 0] * red + a[2, 1] * green + a[2, 2] * blue + a[2, 3])
 
 
-@_compiled
+@native
 @no_type_check
 def _mirrored(position, size):
     """A position beyond an edge as the one that lies as far inside of it."""
@@ -294,7 +280,7 @@ def _mirrored(position, size):
     return position if position < size else 2 * (size - 1) - position
 
 
-@_compiled
+@native
 @no_type_check
 def _blur(image, sigma, weights, lines, padded):
     """image (3, size, size) in place; see blur.py. Scratch: weights (kernel,), lines (size, size), padded (>= size)."""
@@ -322,7 +308,7 @@ def _blur(image, sigma, weights, lines, padded):
                     target[x] += weights[t] * padded[x + t]
 
 
-@_compiled
+@native
 @no_type_check
 def _write(pixels, scale, shift, out):
     """pixels (3, n) * scale + shift -> out (3n,), channels last."""
@@ -335,7 +321,7 @@ def _write(pixels, scale, shift, out):
         out[3 * i + 2] = blues[i] * blue + from_blue
 
 
-@_compiled
+@native
 @no_type_check
 def _views(images, boxes, flips, orders, factors, grayscale, sigmas, out, size, linear, blur_kernel, scale, shift):
     """images (b, 3, h, w) uint8 -> out (b, size * size * 3), channels last; draws as in ColourDraw."""

@@ -371,14 +371,14 @@ class _Worker:
         return os.getpid(), f"{context.get_node_id()}/{context.get_accelerator_ids().get('GPU', [])}"
 
     def work(self, batch: bytes, buffers: list[np.ndarray], broadcast: dict[int, Any]) -> Any:
-        """Answer a batch; `broadcast` holds references to records this worker has not seen."""
+        """Answer a batch; `broadcast` holds what of it this worker has not seen, by reference where it is large."""
         import ray
 
         from fedssl.federation.averaging import Sums
 
         assert self._app is not None
-        for key, reference in broadcast.items():
-            self._broadcast[key] = flower_compat.loads(*ray.get(reference))
+        for key, value in broadcast.items():
+            self._broadcast[key] = flower_compat.loads(*(value if isinstance(value, tuple) else ray.get(value)))
         results = []
         jobs: list[_Job] = flower_compat.loads(batch, buffers)
         sums = {key: Sums(self._broadcast[key]) for *_, key in jobs if key is not None and len(jobs) > 1}
@@ -489,7 +489,7 @@ class RayGrid(LocalGrid):
         self._replies: dict[str, Message] = {}
         self._seconds: dict[tuple[int, str], float] = {}  # of a client's last message of a type
         self._typical: dict[str, tuple[float, int]] = {}  # mean and count of a message type, for clients new to it
-        self._broadcast: dict[int, Any] = {}  # references to records in the object store
+        self._broadcast: dict[int, Any] = {}  # references to records in the object store; small ones themselves
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
         self._next_key = 0
         self._summation: "Summation | None" = None  # of the messages that are being pushed
@@ -577,7 +577,9 @@ class RayGrid(LocalGrid):
 
     def _put(self, record: "flower_compat.Record | Summation") -> int:
         self._next_key += 1
-        self._broadcast[self._next_key] = self._ray.put(flower_compat.dumps(record))
+        data, views = flower_compat.dumps(record)
+        large = bool(views) or len(data) >= BROADCAST_BYTES
+        self._broadcast[self._next_key] = self._ray.put((data, views)) if large else (data, views)
         return self._next_key
 
     def _release(self, tasks: Iterable[_Task]) -> None:
