@@ -20,6 +20,7 @@ from fedssl.config import compose, instantiate
 from fedssl.errors import ConfigError
 from fedssl.federation.arrays import to_record
 from fedssl.federation.averaging import Summation, mean_of
+from fedssl.federation.grids import ray as ray_grid
 from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcessGrid
 from fedssl.federation.grids.ray import Placement, Ray, RayGrid, open_grids
@@ -332,9 +333,14 @@ def test_workers_add_up_what_short_clients_upload(uploading: RayGrid) -> None:
         plain = gather_uploads(grid)
     there, whole = gather_uploads(uploading), one_by_one()
     uploads, own = uploads_in(there.replies), uploads_in(plain.replies)
-    assert [upload.summed for upload in own] == [tuple(range(NUM_CLIENTS))] + [()] * (NUM_CLIENTS - 1)  # as they came
+    everybody = tuple(range(NUM_CLIENTS))
+    assert [upload.summed for upload in own] == [everybody] + [()] * (NUM_CLIENTS - 1)  # as they came
     assert_same_mean(own, whole)
-    assert 1 < sum(bool(upload.summed) for upload in uploads) <= NUM_CLIENTS // 2
+    assert [sorted(upload.summed) for upload in uploads if upload.summed] == [list(everybody)]
+    apart = uploads_in(pull_all(uploading, uploading.push_to_add_up(to_everybody(uploading), SUMMATION)))
+    assert all(upload.summed is not None for upload in apart)
+    assert 1 <= sum(bool(upload.summed) for upload in apart) <= len(uploading._slots)  # of the workers
+    assert_same_mean(apart, whole)
     assert [(upload.header, upload.metrics) for upload in uploads] == [(u.header, u.metrics) for u in whole]
     assert (there.uplink_bytes, there.failures) == (plain.uplink_bytes, [])
     assert [num_bytes(reply) for reply in there.replies] == [num_bytes(reply) for reply in plain.replies]
@@ -360,26 +366,76 @@ def test_no_worker_adds_up_where_a_reply_may_be_refused_later(uploading: RayGrid
 
 
 def test_a_sum_with_a_reply_that_nobody_waits_for_is_not_used(uploading: RayGrid) -> None:
-    """The others of its batch run again, each alone."""
+    """The others that are in it run again, each alone."""
     ids = uploading.push_to_add_up(to_everybody(uploading), SUMMATION)
-    (first, *others), *_ = (slot.calls[0].tasks for slot in uploading._slots if len(slot.calls[0].tasks) > 1)
+    first, *others = uploading._slots[0].tasks
+    assert len(others) > 1
     uploading.forget([first.message_id])
     uploads = uploads_in(pull_all(uploading, [message_id for message_id in ids if message_id != first.message_id]))
     dropped = first.node_id - 1000
     assert [upload.header.partition_id for upload in uploads] == [p for p in range(NUM_CLIENTS) if p != dropped]
     whole = {upload.header.partition_id for upload in uploads if upload.summed is None}
-    assert whole == {task.node_id - 1000 for task in others}
+    assert whole >= {task.node_id - 1000 for task in others}
     assert_same_mean(uploads, one_by_one(p for p in range(NUM_CLIENTS) if p != dropped))
 
 
 def test_a_worker_that_dies_takes_its_sum_along(uploading: RayGrid) -> None:
-    """What it had added counts once: its clients run again."""
+    """What it had added counts once: all its clients run again, those too that had ended, and the event names them."""
+    slot = uploading._slots[0]
+    sent = [message for _ in range(3) for message in to_everybody(uploading)]
+    ids = uploading.push_to_add_up(sent, SUMMATION)
+    while not any(added_up.replies for added_up in slot.sums):
+        uploading._collect(1.0)
+        uploading._dispatch()
+    ended = {task.node_id for added_up in slot.sums for task, *_ in added_up.replies}
+    os.kill(slot.pid, signal.SIGKILL)
+    replies = pull_all(uploading, ids)
+    (event,) = uploading.pop_events()
+    assert event.kind == "worker_died"
+    assert set(event.node_ids) >= ended
+    assert Counter(reply.metadata.reply_to_message_id for reply in replies) == Counter(ids)
+    sums = [upload for upload in map(Upload.from_message, replies) if upload.summed]
+    assert len(replies) == sum(len(upload.summed or ()) for upload in sums) + sum(
+        Upload.from_message(reply).summed is None for reply in replies
+    )
+
+
+def test_a_worker_of_which_a_batch_was_taken_adds_up_anew(uploading: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does the batch nevertheless, so its sum would hold twice what another worker is given."""
+    monkeypatch.setattr(ray_grid, "OVERDUE", 0)  # whatever waits behind a call is taken by who is idle
+    for _ in range(3):
+        assert_same_mean(uploads_in(gather_uploads(uploading).replies), one_by_one())
+
+
+def test_a_long_round_sends_its_sums_now_and_then(uploading: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_grid, "KEPT", 0)
+    sent = [message for _ in range(4) for message in to_everybody(uploading)]
+    uploads = uploads_in(pull_all(uploading, uploading.push_to_add_up(sent, SUMMATION)))
+    assert all(upload.summed is not None for upload in uploads)
+    sums = [upload.summed for upload in uploads if upload.summed]
+    assert len(sums) > len(uploading._slots)
+    assert sorted(partition for one in sums for partition in one) == sorted(4 * list(range(NUM_CLIENTS)))
+
+
+def test_what_is_added_up_apart_ends(uploading: RayGrid) -> None:
+    """Also where a worker could add nothing, or nobody waits any more."""
+    stranger = replace(SUMMATION, round_num=2)
+    uploads = uploads_in(pull_all(uploading, uploading.push_to_add_up(to_everybody(uploading), stranger)))
+    assert [upload.summed for upload in uploads] == [None] * NUM_CLIENTS
     ids = uploading.push_to_add_up(to_everybody(uploading), SUMMATION)
-    os.kill(uploading._slots[0].pid, signal.SIGKILL)
-    uploads = uploads_in(pull_all(uploading, ids))
-    assert [event.kind for event in uploading.pop_events()] == ["worker_died"]
-    assert [upload.header.partition_id for upload in uploads] == list(range(NUM_CLIENTS))
-    assert_same_mean(uploads, one_by_one())
+    uploading._collect(1.0)
+    uploading.forget(ids)
+    uploading.pop_events()
+    assert_same_mean(uploads_in(gather_uploads(uploading).replies), one_by_one())
+    deadline = time.monotonic() + 30
+    while any(slot.calls for slot in uploading._slots) and time.monotonic() < deadline:
+        uploading.pull_messages([])
+    assert not any(slot.sums or slot.sum for slot in uploading._slots)
+
+
+def test_the_means_of_both_workers_are_one(uploading: RayGrid) -> None:
+    for _ in range(3):
+        assert_same_mean(uploads_in(gather_uploads(uploading).replies), one_by_one())
 
 
 def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:

@@ -136,31 +136,44 @@ class ExactSum:
         return math.ldexp(1.5, exponent - BITS + 52)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """Weights of one family that were added up.
+
+    Args:
+        partitions: whose.
+        arrays: the sum of share times weights, by `<family>/<parameter>`, in double precision.
+    """
+
+    partitions: tuple[int, ...]
+    arrays: ArrayRecord
+
+    def put_into(self, reply: Message) -> None:
+        """Let the reply of one of `partitions`, whose own weights were taken, carry it."""
+        note_sum(reply, Summed(num_bytes=num_bytes(reply), partitions=self.partitions))
+        reply.content["arrays"] = self.arrays
+
+
 class Sums:
     """Takes weights out of replies and adds them up by family, where they are exactly what was asked for."""
 
     def __init__(self, summation: Summation) -> None:
         self._summation = summation
         self._of: dict[str, ExactSum] = {}
-        self._first: dict[str, Message] = {}  # of each family's replies that were added: it will carry the sum
-        self._partitions: dict[str, list[int]] = {}  # whose weights were added
+        self._partitions: dict[str, list[int]] = {}
 
     def take(self, partition_id: int, sent: Message, reply: Message) -> None:
-        """Add the reply's weights and leave it without them; any other reply stays whole, for the server to judge.
+        """Add the reply's weights, or the sum that it carries, and leave it without.
 
-        A sum that it carries is added, too. The first of its family stays as it is until there is another one: a sum of
-        one upload would only be longer.
+        Any other reply stays whole, for the server to judge.
 
         Args:
             partition_id: whose reply it is.
             sent: what it answers.
             reply: changed in place.
         """
-        asked, before = self._summation, sent.content.get("arrays")
-        if reply.has_error() or not isinstance(before, ArrayRecord):
-            return
-        noted = noted_sum(reply)
-        if noted is not None and not noted.partitions:
+        asked, before, noted = self._summation, sent.content.get("arrays"), noted_sum(reply)
+        if reply.has_error() or not isinstance(before, ArrayRecord) or (noted is not None and not noted.partitions):
             return
         try:
             upload = Upload.from_message(reply)
@@ -181,23 +194,15 @@ class Sums:
             return
         self._of[family] = exact
         self._partitions.setdefault(family, []).extend([partition_id] if noted is None else noted.partitions)
-        first = self._first.setdefault(family, reply)
-        if first is not reply:
-            _strip(first)
-            _strip(reply)
+        note_sum(reply, Summed(num_bytes=num_bytes(reply)))
+        reply.content["arrays"] = ArrayRecord()
 
-    def hand_over(self) -> None:
-        """Give each family's sum to the first reply that is in it."""
-        for family, first in self._first.items():
-            if not first.content["arrays"]:
-                note_sum(first, Summed(num_bytes=num_bytes(first), partitions=tuple(self._partitions[family])))
-                first.content["arrays"] = to_record(self._of[family].total)
-
-
-def _strip(reply: Message) -> None:
-    """Take the weights out of a reply that was added; a second time it changes nothing."""
-    note_sum(reply, Summed(num_bytes=num_bytes(reply)))
-    reply.content["arrays"] = ArrayRecord()
+    def all(self) -> list[Sum]:
+        """One a family."""
+        return [
+            Sum(partitions=tuple(self._partitions[family]), arrays=to_record(exact.total))
+            for family, exact in self._of.items()
+        ]
 
 
 def mean_of(uploads: Iterable[Upload], summation: Summation, before: ArrayRecord) -> dict[str, Tensor]:

@@ -184,8 +184,8 @@ def gather(
         for node_id in event.node_ids:
             partition = members[node_id].partition_id
             gathered.failures.append(Failure(partition=partition, kind=event.kind, reason=event.reason))
-    if sums is not None:
-        sums.hand_over()
+    for added_up in sums.all() if sums is not None else ():
+        added_up.put_into(usable[added_up.partitions[0]])
     gathered.failures.sort(key=lambda failure: failure.partition)
     gathered.replies = [usable[partition] for partition in sorted(usable)]
     return gathered

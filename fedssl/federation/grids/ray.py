@@ -46,6 +46,7 @@ POLL_SECONDS = 0.2  # one pull waits for about this long
 BATCHES_PER_WORKER = 2  # a worker takes half of its share of the queue at once, so that all end together,
 SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs some ms of CPU time
 OVERDUE = 3  # times batch_seconds
+KEPT = 4  # times batch_seconds: so long a worker adds up before it sends its sum, because that costs some ms as well
 AHEAD = 2  # messages a worker that must be left in the queue for a batch to wait at a busy one
 
 
@@ -320,8 +321,9 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 # --- the worker's side -----------------------------------------------------------------------------------------------
 
 # What crosses between driver and worker. `records` holds a record, or the key of a broadcast one.
-_Job = tuple[Metadata, dict[str, Any], RecordDict | None, int | None]  # metadata, records, Context.state, summation key
+_Job = tuple[Metadata, dict[str, Any], RecordDict | None]  # metadata, records, Context.state
 _Result = tuple[Message, RecordDict | None, float]  # reply, Context.state, seconds
+_Adding = tuple[int, int, bool]  # which sum, the key of its summation, whether it is to be sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +358,7 @@ class _Worker:
         self._num_partitions = num_partitions
         self._threads = threads
         self._broadcast: dict[int, Any] = {}
+        self._sums: dict[int, Any] = {}  # by the driver's number
         self._app: App | None = None
 
     def load(self, load_app: bytes) -> tuple[int, str]:
@@ -370,8 +373,15 @@ class _Worker:
         context = ray.get_runtime_context()
         return os.getpid(), f"{context.get_node_id()}/{context.get_accelerator_ids().get('GPU', [])}"
 
-    def work(self, batch: bytes, buffers: list[np.ndarray], broadcast: dict[int, Any]) -> Any:
-        """Answer a batch; `broadcast` holds what of it this worker has not seen, by reference where it is large."""
+    def work(self, batch: bytes, buffers: list[np.ndarray], broadcast: dict[int, Any], adding: _Adding | None) -> Any:
+        """Answer a batch, maybe an empty one.
+
+        Args:
+            batch: jobs.
+            buffers: of its large arrays.
+            broadcast: what of it this worker has not seen, by reference where it is large.
+            adding: the sum that the uploads go into.
+        """
         import ray
 
         from fedssl.federation.averaging import Sums
@@ -379,27 +389,34 @@ class _Worker:
         assert self._app is not None
         for key, value in broadcast.items():
             self._broadcast[key] = flower_compat.loads(*(value if isinstance(value, tuple) else ray.get(value)))
-        results = []
-        jobs: list[_Job] = flower_compat.loads(batch, buffers)
-        sums = {key: Sums(self._broadcast[key]) for *_, key in jobs if key is not None and len(jobs) > 1}
-        for metadata, records, state, summation_key in jobs:
+        sums = None
+        if adding is not None:
+            number, summation_key, _ = adding
+            if number not in self._sums:
+                self._sums[number] = Sums(self._broadcast[summation_key])
+            sums = self._sums[number]
+        results: list[_Result] = []
+        for metadata, records, state in flower_compat.loads(batch, buffers):
             content = RecordDict({n: self._broadcast[r] if isinstance(r, int) else r for n, r in records.items()})
             message = flower_compat.rebuild(metadata, content)
             config = node_config(metadata.dst_node_id, self._num_partitions)
             started = time.perf_counter()
             reply, state = answer(self._app, message, config, state)
-            if summation_key in sums:
-                sums[summation_key].take(metadata.dst_node_id - FIRST_NODE_ID, message, reply)
+            if sums is not None:
+                sums.take(metadata.dst_node_id - FIRST_NODE_ID, message, reply)
             results.append((reply, state, time.perf_counter() - started))
-        for added_up in sums.values():
-            added_up.hand_over()
-        data, views = flower_compat.dumps(results)
+        added_up = self._sums.pop(adding[0]).all() if adding is not None and adding[2] else []
+        data, views = flower_compat.dumps((results, added_up))
         return (data, views) if views else data  # plain bytes cost Ray least
 
     def release(self, keys: list[int]) -> None:
         """Free broadcast records whose last message was answered."""
         for key in keys:
             self._broadcast.pop(key, None)
+
+    def drop(self, number: int) -> None:
+        """Free a sum that nobody wants."""
+        self._sums.pop(number, None)
 
 
 # --- the driver's side -----------------------------------------------------------------------------------------------
@@ -435,11 +452,24 @@ class _Task:
 
 
 @dataclass(eq=False, slots=True)
+class _Sum:
+    """Uploads that a worker adds up; their replies are handed out when the sum has come."""
+
+    number: int
+    summation_key: int
+    replies: list[tuple[_Task, Message, RecordDict | None]] = field(default_factory=list)  # and Context.state
+    seconds: float = 0.0  # that the clients will probably have taken
+    dropped: bool = False
+
+
+@dataclass(eq=False, slots=True)
 class _Call:
-    """A batch of messages that a worker was given; none: to load the app."""
+    """A batch of messages that a worker was given; none: to load the app, or to send a sum."""
 
     reference: Any  # what to wait for
     tasks: list[_Task]
+    sum: _Sum | None = None  # that the uploads go into
+    sends_sum: bool = False  # and which comes back with the replies
     since: float = field(default_factory=time.monotonic)  # when it was given, or the one before it ended
 
 
@@ -453,6 +483,8 @@ class _Slot:
     pid: int = 0
     device: str = ""
     keys: set[int] = field(default_factory=set)  # broadcast records it holds
+    sum: _Sum | None = None  # that its next uploads go into
+    sums: list[_Sum] = field(default_factory=list)  # all that it has not sent
 
     @property
     def tasks(self) -> list[_Task]:
@@ -491,7 +523,7 @@ class RayGrid(LocalGrid):
         self._typical: dict[str, tuple[float, int]] = {}  # mean and count of a message type, for clients new to it
         self._broadcast: dict[int, Any] = {}  # references to records in the object store; small ones themselves
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
-        self._next_key = 0
+        self._next_key = 0  # of broadcast records, and numbers of sums
         self._summation: "Summation | None" = None  # of the messages that are being pushed
         self._failed_starts = 0
         self._last_seen = time.monotonic()  # a worker that had started
@@ -502,9 +534,9 @@ class RayGrid(LocalGrid):
     # --- messages
 
     def push_to_add_up(self, messages: Iterable[Message], summation: "Summation") -> list[str]:
-        """As `push_messages`; a worker adds up the uploads of clients that travel together, where it can.
+        """As `push_messages`; workers add up the uploads of short clients, where they can.
 
-        All replies are to be pulled or forgotten together: one that is left out may be in another one's sum.
+        Of the replies to pull, one that is left out may be in another one's sum.
         """
         self._summation = summation
         try:
@@ -521,6 +553,10 @@ class RayGrid(LocalGrid):
             task.wanted = False
         self._release(dropped)
         self._queue = deque(task for task in self._queue if task.wanted)
+        for slot in self._slots:
+            for added_up in slot.sums:
+                if not all(task.wanted for task, *_ in added_up.replies):
+                    self._drop(slot, added_up)
         for number, slot in enumerate(self._slots):
             running = slot.calls[0].tasks if slot.calls else []
             if running and not any(task.wanted for task in running):
@@ -616,6 +652,8 @@ class RayGrid(LocalGrid):
             busy[slot.device] += 1
             self._give(slot, self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1))))
         for slot in self._slots:
+            if slot.sum is not None and not slot.calls and not self._queue:
+                self._give(slot, [])
             plenty = len(self._queue) > AHEAD * len(self._slots)
             if plenty and slot.loaded and len(slot.calls) == 1 and self._is_short(slot):
                 self._give(slot, self._next_batch(len(self._queue)))
@@ -630,7 +668,10 @@ class RayGrid(LocalGrid):
         overdue = time.monotonic() - OVERDUE * self._settings.batch_seconds
         for slot in self._slots:
             if len(slot.calls) > 1 and slot.calls[0].since < overdue:
-                self._queue.extend(task for task in slot.calls.pop().tasks if task.wanted)
+                call = slot.calls.pop()
+                self._queue.extend(task for task in call.tasks if task.wanted)
+                if call.sum is not None:  # which it will be added to nevertheless
+                    self._drop(slot, call.sum)
 
     def _is_short(self, slot: _Slot) -> bool:
         """Whether it should end within `batch_seconds`, and what is next in the queue takes as little."""
@@ -639,15 +680,49 @@ class RayGrid(LocalGrid):
         return all(known) and sum(known[:-1]) <= seconds and known[-1] <= seconds and not head.alone
 
     def _give(self, slot: _Slot, tasks: list[_Task]) -> None:
-        """Send a worker these messages, and the broadcast records it lacks."""
-        batch: list[_Job] = [
-            (task.message.metadata, task.records, self._states.get(task.node_id), task.summation_key) for task in tasks
-        ]
+        """Send a worker these messages, and the broadcast records it lacks; the last ones bring its sum back."""
+        batch: list[_Job] = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in tasks]
+        added_up, adding, sends_sum = self._sum_for(slot, tasks), None, False
+        if added_up is not None:
+            sends_sum = not self._queue or added_up.seconds > KEPT * self._settings.batch_seconds
+            adding = added_up.number, added_up.summation_key, sends_sum
+            slot.sum = None if sends_sum else added_up
         unseen = {key for task in tasks for key in task.keys} - slot.keys
         slot.keys |= unseen
         data, views = flower_compat.dumps(batch)
         broadcast = {key: self._broadcast[key] for key in unseen}
-        slot.calls.append(_Call(slot.actor.work.remote(data, views, broadcast), tasks))
+        reference = slot.actor.work.remote(data, views, broadcast, adding)
+        slot.calls.append(_Call(reference, tasks, added_up, sends_sum))
+
+    def _sum_for(self, slot: _Slot, tasks: list[_Task]) -> _Sum | None:
+        """Where the uploads of this batch are added: to the sum that the worker has begun, or to a new one.
+
+        None where an upload is to come whole: of a client that takes long, as far as known, or is suspected.
+        """
+        if not tasks:
+            return slot.sum
+        key, seconds = tasks[0].summation_key, [self._expected(task) for task in tasks]
+        if key is None or not all(seconds) or sum(seconds) > self._settings.batch_seconds:
+            return None
+        if any(task.alone or task.summation_key != key for task in tasks):
+            return None
+        if slot.sum is not None and slot.sum.summation_key != key:
+            return None
+        if slot.sum is None:
+            self._next_key += 1
+            slot.sum = _Sum(self._next_key, key)
+            slot.sums.append(slot.sum)
+        slot.sum.seconds += sum(seconds)
+        return slot.sum
+
+    def _drop(self, slot: _Slot, added_up: _Sum) -> None:
+        """Make this worker's sum anew: the clients that are in it, and still wanted, run again, each alone."""
+        added_up.dropped = True
+        slot.sums = [other for other in slot.sums if other is not added_up]
+        slot.sum = None if slot.sum is added_up else slot.sum
+        replies, added_up.replies = added_up.replies, []
+        self._run_again(task for task, *_ in replies)
+        slot.actor.drop.remote(added_up.number)
 
     def _next_batch(self, share: int) -> list[_Task]:
         """Tasks from the head of the queue: one, or several short ones within `batch_seconds`, at most `share`."""
@@ -684,7 +759,7 @@ class RayGrid(LocalGrid):
                 done = slot.calls.popleft()
                 if slot.calls:
                     slot.calls[0].since = time.monotonic()
-                self._finished(slot, done.tasks, value)
+                self._finished(slot, done, value)
 
     def _name_a_full_cluster(self) -> None:
         """Warn, once, where no node has room for any worker: Ray waits for one without a word."""
@@ -701,35 +776,50 @@ class RayGrid(LocalGrid):
                 self.placement.num_gpus,
             )
 
-    def _finished(self, slot: _Slot, tasks: list[_Task], value: Any) -> None:
+    def _finished(self, slot: _Slot, call: _Call, value: Any) -> None:
         if not slot.loaded:
             slot.loaded = True
             slot.pid, slot.device = value
             self._failed_starts = 0
             return
-        results: list[_Result] = (
-            flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
-        )
-        if not all(task.wanted for task in tasks) and any(flower_compat.noted_sum(reply) for reply, *_ in results):
-            self._run_again(tasks)  # the sum holds what nobody waits for
-            return
-        for task, (reply, state, seconds) in zip(tasks, results, strict=True):
+        results: list[_Result]
+        results, sums = flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
+        for task, (reply, state, seconds) in zip(call.tasks, results, strict=True):
             mean, count = self._typical.get(task.message_type, (0.0, 0))
             self._typical[task.message_type] = mean + (seconds - mean) / (count + 1), count + 1
             self._seconds[task.kind] = seconds
-            if task.wanted:
-                self._replies[task.message_id] = reply
-                del self._tasks[task.message_id]
-                self._keep_state(task.node_id, state)
-        self._release(task for task in tasks if task.wanted)
+            if call.sum is None or flower_compat.noted_sum(reply) is None:
+                self._answered(task, reply, state)
+            else:
+                call.sum.replies.append((task, reply, state))
+        if call.sum is None:
+            return
+        if call.sum.dropped or not all(task.wanted for task, *_ in call.sum.replies):
+            self._drop(slot, call.sum)
+        elif call.sends_sum:
+            slot.sums.remove(call.sum)
+            by_node = {task.node_id: reply for task, reply, _ in call.sum.replies}
+            for added_up in sums:
+                added_up.put_into(by_node[FIRST_NODE_ID + added_up.partitions[0]])
+            for answer_of in call.sum.replies:
+                self._answered(*answer_of)
+
+    def _answered(self, task: _Task, reply: Message, state: RecordDict | None) -> None:
+        """Hand out the reply, if it is still wanted."""
+        if task.wanted:
+            self._replies[task.message_id] = reply
+            del self._tasks[task.message_id]
+            self._keep_state(task.node_id, state)
+            self._release([task])
 
     def _lost(self, number: int, error: Exception) -> None:
         """A worker died: replace it, and run its messages again, or answer for the one that keeps killing workers."""
         slot = self._slots[number]
         reason = f"worker process {slot.pid or '(starting)'} died: {_why(error)}"
         running = slot.calls[0].tasks
+        added_up = [task for one in slot.sums for task, *_ in one.replies if task.wanted]
         self._events.append(
-            GridEvent(kind="worker_died", node_ids=tuple(task.node_id for task in running), reason=reason)
+            GridEvent(kind="worker_died", node_ids=tuple(task.node_id for task in (*running, *added_up)), reason=reason)
         )
         if not slot.loaded:
             self._failed_starts += 1
@@ -768,6 +858,7 @@ class RayGrid(LocalGrid):
         slot = self._slots[number]
         self._ray.kill(slot.actor)  # of one that died, too: it may only be out of reach
         waiting = [task for call in list(slot.calls)[1:] for task in call.tasks if task.wanted]
+        waiting += [task for added_up in slot.sums for task, *_ in added_up.replies if task.wanted]
         self._queue.extendleft(reversed(waiting))
         self._slots[number] = self._start_worker()
 
