@@ -285,3 +285,9 @@ def test_the_page_has_the_table_of_the_arms_that_were_run_later() -> None:
         for seed in range(5)
     }
     assert study_flesd.markdown(rows).partition("\n\n")[2].strip() in before_the_tables
+
+
+def test_the_page_has_the_table_of_five_rounds() -> None:
+    rows = study_flesd.read(ROOT / "benchmarks" / "results" / "flesd_five_rounds.csv")
+    assert len(rows) == len(study_flesd.STRATEGIES) * 5 * 6 * 3  # seeds, rounds from 0, families
+    assert study_flesd.rounds_markdown(rows, "conv4_32") in PAGE.read_text()
