@@ -3,6 +3,8 @@
 Long-lived actors keep the loaded app (and with it data and models) over all rounds. What a round costs beyond the
 clients' arithmetic is kept small: large records are put into shared memory once a push and read once an actor; short
 clients travel in batches; the longest known client starts first; replies come back without a copy of large arrays.
+Where only the sum of uploads is wanted (`push_to_add_up`), a worker adds up what its short clients upload and sends one
+sum every few batches: each result beyond Ray's 100 KB costs a worker some 5 ms.
 
 A client task is a pure function of message and state, so work that died with its actor simply runs again. A batch that
 died runs again one message at a time, which finds the client that is to blame without failing its neighbours.
