@@ -94,10 +94,17 @@ class AddsUp(Scripted):
 
 
 @pytest.mark.parametrize(
-    ("after", "deadline_s", "asked"), [(None, None, True), (30.0, None, True), (None, 5.0, False), (0.0, None, True)]
+    ("after", "deadline_s", "timeout", "asked"),
+    [
+        (None, None, None, True),
+        (30.0, None, None, True),
+        (0.0, None, None, True),
+        (None, 5.0, None, False),
+        (None, None, 5.0, False),
+    ],
 )
 def test_a_grid_may_add_up_only_what_nobody_wants_single(
-    after: float | None, deadline_s: float | None, asked: bool, tmp_path: Path
+    after: float | None, deadline_s: float | None, timeout: float | None, asked: bool, tmp_path: Path
 ) -> None:
     summation = Summation(
         round_num=1,
@@ -113,7 +120,7 @@ def test_a_grid_may_add_up_only_what_nobody_wants_single(
             grid,
             messages(grid, [1, 2]),
             check=Upload.from_message,
-            timeout=None,
+            timeout=timeout,
             simulate=lambda member, sent, reply: 1.0,
             deadline_s=deadline_s,
             kept=kept,

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -402,9 +403,28 @@ def test_a_worker_that_dies_takes_its_sum_along(uploading: RayGrid) -> None:
 
 def test_a_worker_of_which_a_batch_was_taken_adds_up_anew(uploading: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does the batch nevertheless, so its sum would hold twice what another worker is given."""
-    monkeypatch.setattr(ray_grid, "OVERDUE", 0)  # whatever waits behind a call is taken by who is idle
+    monkeypatch.setattr(ray_grid, "OVERDUE", 0)  # whatever waits behind a call is taken by who is idle,
+    monkeypatch.setattr(ray_grid, "KEPT", 0)  # where it has a sum of its own
     for _ in range(3):
         assert_same_mean(uploads_in(gather_uploads(uploading).replies), one_by_one())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_batch_for_a_sum_that_an_overdue_one_goes_into_stays(uploading: RayGrid, same: bool) -> None:
+    """Otherwise that sum would be given up, and whoever is overdue would run twice."""
+    tasks = [ray_grid._Task(message, {}, ()) for message in to_everybody(uploading)[:2]]
+    sums = [ray_grid._Sum(1, 1), ray_grid._Sum(2, 1)]
+    calls = [ray_grid._Call(None, [tasks[0]], sums[0], since=0.0), ray_grid._Call(None, [tasks[1]], sums[not same])]
+    given_up: list[Any] = []
+    grid: Any = SimpleNamespace(
+        _queue=deque(),
+        _slots=[ray_grid._Slot(actor=None, calls=deque(calls)), ray_grid._Slot(actor=None, calls=deque())],
+        _settings=SETTINGS,
+        _drop=lambda slot, one: given_up.append(one),
+    )
+    RayGrid._take_back(grid)
+    assert list(grid._queue) == ([] if same else [tasks[1]])
+    assert given_up == ([] if same else [sums[1]])
 
 
 def test_a_long_round_sends_its_sums_now_and_then(uploading: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ weight. So where nearly all shares are missing, the smallest weights lose digits
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -106,8 +106,7 @@ class ExactSum:
 
     def add(self, arrays: Mapping[str, np.ndarray], share: float) -> None:
         """Add weights that it `holds`."""
-        from fedssl.federation.rounded import add_rounded
-
+        add_rounded = _compiled()
         for name, value in arrays.items():
             known = value if value.dtype in (np.float32, np.float64) else value.astype(np.float64)
             total = self._total(name, value).reshape(-1)
@@ -136,6 +135,18 @@ class ExactSum:
         return math.ldexp(1.5, exponent - BITS + 52)
 
 
+@cache
+def _compiled() -> Callable[..., None]:
+    """The inner loop, compiled for weights as messages bring them."""
+    from fedssl.federation.rounded import add_rounded
+
+    loop: Callable[..., None] = add_rounded
+    weights = np.zeros(1, np.float32)
+    weights.flags.writeable = False
+    loop(np.zeros(1), weights, 1.0, 1.0)
+    return loop
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sum:
     """Weights of one family that were added up.
@@ -158,6 +169,7 @@ class Sums:
     """Takes weights out of replies and adds them up by family, where they are exactly what was asked for."""
 
     def __init__(self, summation: Summation) -> None:
+        _compiled()  # takes a second in a process's first sum, which is no client's time
         self._summation = summation
         self._of: dict[str, ExactSum] = {}
         self._partitions: dict[str, list[int]] = {}

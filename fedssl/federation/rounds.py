@@ -100,7 +100,7 @@ def gather(
         kept: where replies outlive this process; what it has is not asked for again, and counts as if it had been.
         summation: the strategy wants the sum of the uploads alone. They are added up as they come, so that few are
             held, and by a grid that can (`push_to_add_up`) where the clients run; not there with a `deadline_s`,
-            which refuses single ones later.
+            which refuses single ones later, or a `timeout`, at which a sum may still be where it is made.
     """
     messages = list(messages)
     gathered = Gathered()
@@ -156,7 +156,7 @@ def gather(
             unanswered.append(message)
     ids: list[str] = []
     if unanswered:
-        if summation is not None and deadline_s is None and hasattr(grid, "push_to_add_up"):
+        if summation is not None and deadline_s is None and timeout is None and hasattr(grid, "push_to_add_up"):
             whole_after = None if kept is None else kept.after
             ids = list(grid.push_to_add_up(unanswered, replace(summation, whole_after=whole_after)))
         else:

@@ -433,7 +433,7 @@ class _Task:
     keys: tuple[int, ...]  # of its broadcast records and of the summation
     summation_key: int | None = None  # where its reply may be added up with others
     deaths: int = 0  # workers that died while they ran this message alone
-    alone: bool = False  # it was in a batch that died
+    alone: bool = False  # it was in a batch that died, or in a sum that was given up
     wanted: bool = True
 
     @property
@@ -538,7 +538,7 @@ class RayGrid(LocalGrid):
     def push_to_add_up(self, messages: Iterable[Message], summation: "Summation") -> list[str]:
         """As `push_messages`; workers add up the uploads of short clients, where they can.
 
-        Of the replies to pull, one that is left out may be in another one's sum.
+        Pull all of them, and before the next push: a reply may carry the weights of others, which are lost with it.
         """
         self._summation = summation
         try:
@@ -669,11 +669,15 @@ class RayGrid(LocalGrid):
             return
         overdue = time.monotonic() - OVERDUE * self._settings.batch_seconds
         for slot in self._slots:
-            if len(slot.calls) > 1 and slot.calls[0].since < overdue:
-                call = slot.calls.pop()
-                self._queue.extend(task for task in call.tasks if task.wanted)
-                if call.sum is not None:  # which it will be added to nevertheless
-                    self._drop(slot, call.sum)
+            if len(slot.calls) < 2 or slot.calls[0].since >= overdue:
+                continue
+            running, waiting = slot.calls
+            if waiting.sum is not None and waiting.sum is running.sum:
+                continue  # without it, the sum could be had only by running the overdue ones again
+            slot.calls.pop()
+            self._queue.extend(task for task in waiting.tasks if task.wanted)
+            if waiting.sum is not None:  # the worker still adds it
+                self._drop(slot, waiting.sum)
 
     def _is_short(self, slot: _Slot) -> bool:
         """Whether it should end within `batch_seconds`, and what is next in the queue takes as little."""
@@ -718,7 +722,7 @@ class RayGrid(LocalGrid):
         return slot.sum
 
     def _drop(self, slot: _Slot, added_up: _Sum) -> None:
-        """Make this worker's sum anew: the clients that are in it, and still wanted, run again, each alone."""
+        """Give this worker's sum up: the clients that are in it, and still wanted, run again, each alone."""
         added_up.dropped = True
         slot.sums = [other for other in slot.sums if other is not added_up]
         slot.sum = None if slot.sum is added_up else slot.sum
@@ -820,6 +824,8 @@ class RayGrid(LocalGrid):
         reason = f"worker process {slot.pid or '(starting)'} died: {_why(error)}"
         running = slot.calls[0].tasks
         added_up = [task for one in slot.sums for task, *_ in one.replies if task.wanted]
+        for task in added_up if slot.loaded and not running else ():  # it died of its sum
+            task.alone = True
         self._events.append(
             GridEvent(kind="worker_died", node_ids=tuple(task.node_id for task in (*running, *added_up)), reason=reason)
         )
