@@ -10,7 +10,7 @@ initial student and as many steps, so they are compared in pairs. Each run is on
 there already is skipped, and trained clients are kept in DIR/trained, so an interrupted study goes on where it was, and
 several processes can share a DIR if they are given different --seeds or --arms.
 
---five-rounds: whole runs of experiment=cifar10_small as `fedssl` makes them, five rounds of as much work as its one,
+--five-rounds: whole runs of experiment=cifar10_small as `fedssl` makes them, its local epochs spread over five rounds,
 every one evaluated. They are in DIR/five_rounds/<strategy>-<seed>; each round and family is one line of
 DIR/flesd_five_rounds.csv. An interrupted run goes on from its last round.
 """
@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from fedssl.config import compose, instantiate
 from fedssl.distill import distill
 from fedssl.ensemble import make_target
+from fedssl.errors import FedSSLError
 from fedssl.federation import client as client_module
 from fedssl.federation.client import Broadcast
 from fedssl.federation.records import load_state, model_state
@@ -383,13 +384,15 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("data"), help="holds cifar10/ and tiny-imagenet-32-unlabelled/"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/study_flesd"))
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--public", default=",".join(PUBLIC))
+    parser.add_argument("--work", type=Path, default=Path("runs/study_flesd"), help="(%(default)s)")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="(%(default)s)")
+    parser.add_argument("--public", default=",".join(PUBLIC), help="(%(default)s)")
     parser.add_argument("--arms", default=None, help="by default all")
     parser.add_argument(
         "--five-rounds", action="store_true", help=f"runs of {', '.join(STRATEGIES)} (--arms), no --public"
@@ -397,11 +400,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only print the tables of WORK/flesd_study.csv")
     given = parser.parse_args(argv)
     known_arms = STRATEGIES if given.five_rounds else ALL_ARMS
-    if given.table and given.five_rounds:
-        print(rounds_markdown(read(given.work / "flesd_five_rounds.csv"), "conv4_32"), end="")
-        return 0
+    results = given.work / ("flesd_five_rounds.csv" if given.five_rounds else "flesd_study.csv")
     if given.table:
-        print(markdown(read(given.work / "flesd_study.csv")), end="")
+        if not results.is_file():
+            parser.error(f"there is no {results}: run the study first, or name its folder with --work")
+        print(rounds_markdown(read(results), "conv4_32") if given.five_rounds else markdown(read(results)), end="")
         return 0
     publics, arms = given.public.split(","), known_arms if given.arms is None else given.arms.split(",")
     for option, names, known in (("--public", publics, PUBLIC), ("--arms", arms, known_arms)):
@@ -410,11 +413,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not all(seed.strip().isdecimal() for seed in given.seeds.split(",")):
         parser.error(f"--seeds are whole numbers with commas between them, got {given.seeds!r}")
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    if given.five_rounds:
-        five_rounds(given.work, given.data, seeds, arms)
-        return 0
-    torch.set_num_threads(1)
-    study(given.work, given.data, seeds, publics, arms)
+    try:
+        if given.five_rounds:
+            five_rounds(given.work, given.data, seeds, arms)
+        else:
+            torch.set_num_threads(1)
+            study(given.work, given.data, seeds, publics, arms)
+    except FedSSLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -272,8 +272,19 @@ def test_the_page_has_the_tables_of_its_results(tmp_path: Path, capsys: pytest.C
     (tmp_path / "flesd_study.csv").write_bytes((ROOT / "benchmarks" / "results" / "flesd_study.csv").read_bytes())
     assert study_flesd.main(["--table", "--work", str(tmp_path)]) == 0
     assert PAGE.read_text().partition(MARKER)[2].strip() == capsys.readouterr().out.strip()
-    assert study_flesd.main(["--table", "--work", str(tmp_path / "nothing")]) == 0
-    assert capsys.readouterr().out == "\n"
+    for more in ([], ["--five-rounds"]):
+        with pytest.raises(SystemExit) as ended:
+            study_flesd.main(["--table", *more, "--work", str(tmp_path / "nothing")])
+        assert ended.value.code == 2
+        assert "run the study first" in capsys.readouterr().err
+
+
+def test_images_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--five-rounds"]):
+        arguments = ["--data", str(tmp_path / "nowhere"), "--work", str(tmp_path / "work"), "--seeds", "0", *more]
+        assert study_flesd.main(arguments) == 2
+        assert "nowhere" in (err := capsys.readouterr().err)
+        assert err.startswith("error: ")
 
 
 def test_the_page_has_the_table_of_the_arms_that_were_run_later() -> None:
