@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedssl.federation.averaging import ExactSum, Summation, Sums, mean_of
 from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.per_family import SEE_UPLOADS, Averaging
 from fedssl.federation.records import Header, Upload, num_bytes
+from fedssl.federation.roster import Member
 from strategies.fedavg import FedAvg
 from strategies.fedu import FedU
 
@@ -37,6 +39,12 @@ SUMMATION = Summation(
     clients={partition: (FAMILY, images) for partition, images in enumerate(NUM_IMAGES)},
     devices=instantiate(compose([])["federation"]["devices"]),
 )
+
+
+COHORT = [
+    Member(node_id=9 - partition, partition_id=partition, family=FAMILY, num_images=images, trains=True)
+    for partition, images in enumerate(NUM_IMAGES)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -307,9 +315,11 @@ def test_families_have_sums_of_their_own() -> None:
 @pytest.mark.parametrize("hook", SEE_UPLOADS)
 def test_who_looks_at_single_uploads_gets_them_whole(hook: str) -> None:
     looking: Any = type("Looking", (FedAvg,), {hook: lambda self, *given: getattr(FedAvg, hook)(self, *given)})
+    server: Any = SimpleNamespace(public_set=SimpleNamespace(fingerprint="f"), devices=SUMMATION.devices)
     own, other = FedAvg.__new__(FedAvg), looking.__new__(looking)
-    own._summation = other._summation = SUMMATION
-    assert own.summation is SUMMATION
+    for strategy in (own, other):
+        vars(strategy).update(server=server, weighted=True, round_num=2, cohort=COHORT)
+    assert own.summation == SUMMATION
     assert other.summation is None
     setattr(own, hook, lambda *given: None)
     assert own.summation is None

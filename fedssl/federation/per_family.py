@@ -17,6 +17,7 @@ from fedssl.federation.averaging import Summation, mean_of
 from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays, to_metrics
+from fedssl.federation.roster import Member
 from fedssl.federation.server import Server, check_finite, read_uploads
 from fedssl.federation.weights import check_fit, check_values, check_weights, has_grown, largest_entries
 from fedssl.models import Model
@@ -32,6 +33,7 @@ class WeightUploads(GlobalModels):
 
     def __init__(self, *, server: Server) -> None:
         self.server = server
+        self.cohort: Sequence[Member] = ()  # the round's
         self._largest_of: tuple[ArrayRecord | None, dict[str, dict[str, float]]] = (None, {})
         self.checked: WeakKeyDictionary[Message, Upload] = WeakKeyDictionary()  # our loop checks before it aggregates
 
@@ -221,28 +223,22 @@ class Averaging(PerFamily):
     def __init__(self, *, server: Server, weighted: bool) -> None:
         super().__init__(server=server)
         self.weighted = weighted
-        self._summation: Summation | None = None
 
     @property
     def summation(self) -> Summation | None:
         """How others may add up this round's uploads; None where a subclass looks at single ones."""
         kind = type(self)
         looks = any(getattr(kind, n) is not getattr(Averaging, n) or n in vars(self) for n in SEE_UPLOADS)
-        return None if looks else self._summation
+        return None if looks else self._summation()
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As `WeightUploads`, and say what a sum of the round's uploads is."""
-        messages = super().configure_train(server_round, arrays, config, grid)
-        self._summation = Summation(
-            round_num=server_round,
+    def _summation(self) -> Summation:
+        return Summation(
+            round_num=self.round_num,
             public_fingerprint=self.server.public_set.fingerprint,
             weighted=self.weighted,
             clients={member.partition_id: (member.family, member.num_images) for member in self.cohort},
             devices=self.server.devices,
         )
-        return messages
 
     def check(self, reply: Message) -> Upload:
         """As `WeightUploads`; what was added to a sum was checked before."""
@@ -253,5 +249,4 @@ class Averaging(PerFamily):
 
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean of the uploads."""
-        assert self._summation is not None
-        return mean_of(uploads, self._summation, family_arrays(self.arrays, family))
+        return mean_of(uploads, self._summation(), family_arrays(self.arrays, family))
