@@ -239,12 +239,8 @@ def lines_of(run: Run, strategy: str, seed: int) -> Iterator[dict[str, Any]]:
     for line in run.eval.to_dict("records"):
         if line["family"] not in run.families:  # raw pixels
             continue
-        yield {
-            **line,
-            "strategy": strategy,
-            "seed": seed,
-            **({"seconds": seconds[line["round"]]} if line["round"] else {}),
-        }
+        line |= {"strategy": strategy, "seed": seed}
+        yield line | {"seconds": seconds[line["round"]]} if line["round"] else line
 
 
 def rounds_markdown(rows: Sequence[Row], family: str) -> str:

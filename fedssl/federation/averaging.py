@@ -15,7 +15,7 @@ weight. So where nearly all shares are missing, the smallest weights lose digits
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -106,7 +106,7 @@ class ExactSum:
 
     def add(self, arrays: Mapping[str, np.ndarray], share: float) -> None:
         """Add weights that it `holds`."""
-        add_rounded = _compiled()
+        add_rounded = inner_loop()
         for name, value in arrays.items():
             known = value if value.dtype in (np.float32, np.float64) else value.astype(np.float64)
             total = self._total(name, value).reshape(-1)
@@ -129,15 +129,14 @@ class ExactSum:
 
     def _anchor(self, name: str) -> float:
         """1.5 * 2^52 spacings: among doubles of this size the spacing is the distance to the next one."""
-        _, exponent = math.frexp(
-            GROWTH * (self._largest[name] or 1.0) * self._capacity
-        )  # all sums are below 2^exponent
+        bound = GROWTH * (self._largest[name] or 1.0) * self._capacity
+        _, exponent = math.frexp(bound)  # all sums are below 2^exponent
         return math.ldexp(1.5, exponent - BITS + 52)
 
 
 @cache
-def _compiled() -> Callable[..., None]:
-    """The inner loop, compiled for weights as messages bring them."""
+def inner_loop() -> Callable[..., None]:
+    """`add_rounded`, ready for weights as messages bring them; the first call in a process takes a second."""
     from fedssl.federation.rounded import add_rounded
 
     loop: Callable[..., None] = add_rounded
@@ -169,7 +168,6 @@ class Sums:
     """Takes weights out of replies and adds them up by family, where they are exactly what was asked for."""
 
     def __init__(self, summation: Summation) -> None:
-        _compiled()  # takes a second in a process's first sum, which is no client's time
         self._summation = summation
         self._of: dict[str, ExactSum] = {}
         self._partitions: dict[str, list[int]] = {}
@@ -217,18 +215,18 @@ class Sums:
         ]
 
 
-def mean_of(uploads: Iterable[Upload], summation: Summation, before: ArrayRecord) -> dict[str, Tensor]:
+def mean_of(uploads: Sequence[Upload], summation: Summation, before: ArrayRecord) -> dict[str, Tensor]:
     """The weighted mean of one family's weights, by parameter name, as float32.
 
     Args:
-        uploads: checked, in partition order: whole ones, and those of sums, each of which one of its uploads carries.
+        uploads: checked, at least one, in partition order: whole ones, and those of sums, each of which one of its
+            uploads carries.
         summation: the round's.
         before: what the clients were sent, by `<family>/<parameter>`.
 
     Raises:
         FedSSLError: a sum is there without an upload that is in it, or the other way round.
     """
-    uploads = list(uploads)
     family = uploads[0].header.family
     exact = ExactSum(before, summation.capacity(family))
     apart: dict[str, np.ndarray] = {}  # of those that the sum has no room for

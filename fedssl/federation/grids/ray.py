@@ -386,7 +386,7 @@ class _Worker:
         """
         import ray
 
-        from fedssl.federation.averaging import Sums
+        from fedssl.federation.averaging import Sums, inner_loop
 
         assert self._app is not None
         for key, value in broadcast.items():
@@ -395,6 +395,7 @@ class _Worker:
         if adding is not None:
             number, summation_key, _ = adding
             if number not in self._sums:
+                inner_loop()  # here, where it is no client's time
                 self._sums[number] = Sums(self._broadcast[summation_key])
             sums = self._sums[number]
         results: list[_Result] = []
@@ -405,7 +406,7 @@ class _Worker:
             started = time.perf_counter()
             reply, state = answer(self._app, message, config, state)
             if sums is not None:
-                sums.take(metadata.dst_node_id - FIRST_NODE_ID, message, reply)
+                sums.take(config["partition-id"], message, reply)
             results.append((reply, state, time.perf_counter() - started))
         added_up = self._sums.pop(adding[0]).all() if adding is not None and adding[2] else []
         data, views = flower_compat.dumps((results, added_up))
