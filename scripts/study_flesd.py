@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+from unittest.mock import patch
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
 if "--five-rounds" not in sys.argv:  # of which several processes share the cores
@@ -290,14 +291,13 @@ def study(work: Path, data: Path, seeds: Sequence[int], publics: Sequence[str], 
     """All cells that are not in the file yet, seed by seed."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "flesd_study.csv"
-    client_module.train = remembering(work / "trained")  # type: ignore[attr-defined]
-    for seed in seeds:
-        one = Study(seed, data, work)
-        for public, arm in [(p, a) for a in arms for p in (["none"] if a in (LOCAL, RANDOM) else publics)]:
-            done = [row for row in read(path) if (row["public"], row["arm"], row["seed"]) == (public, arm, str(seed))]
-            if done:
-                continue
-            append(path, FIELDS, one.rows(public, arm))
+    cells = [(p, a) for a in arms for p in (["none"] if a in (LOCAL, RANDOM) else publics)]
+    with patch.object(client_module, "train", remembering(work / "trained")):
+        for seed in seeds:
+            one = Study(seed, data, work)
+            for public, arm in cells:
+                if not any((row["public"], row["arm"], row["seed"]) == (public, arm, str(seed)) for row in read(path)):
+                    append(path, FIELDS, one.rows(public, arm))
 
 
 class Figures:

@@ -116,7 +116,6 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(study_flesd, "COMMON", tuple(TINY))
     monkeypatch.setattr(study_flesd, "PUBLIC", TINY_PUBLIC)
     monkeypatch.setattr(study_flesd, "train", counted)
-    monkeypatch.setattr(client_module, "train", client_module.train)  # which the study replaces
     return found
 
 
@@ -162,11 +161,12 @@ def test_a_study_that_was_interrupted_ends_like_one_that_was_not(
     assert (work / "flesd_study.csv").read_bytes() == before
 
 
-def test_other_images_or_settings_are_trained_anew(data: Path, tmp_path: Path, trainings: list[int]) -> None:
+def test_other_images_or_settings_are_trained_anew(
+    data: Path, tmp_path: Path, trainings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the same is not, to the same weights."""
     setup = Setup(compose([*TINY, f"data.root={data}", *TINY_PUBLIC["held_out_2000"]]))
-    remembered = study_flesd.remembering(tmp_path / "trained")
-    client_module.train = remembered  # type: ignore[attr-defined]
+    monkeypatch.setattr(client_module, "train", study_flesd.remembering(tmp_path / "trained"))
 
     def trained(partition: int, setup: Setup = setup) -> Any:
         client = setup.client(partition, 1)
@@ -280,9 +280,11 @@ def test_the_page_has_the_tables_of_its_results(tmp_path: Path, capsys: pytest.C
 
 
 def test_images_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = client_module.train
     for more in ([], ["--five-rounds"]):
         arguments = ["--data", str(tmp_path / "nowhere"), "--work", str(tmp_path / "work"), "--seeds", "0", *more]
         assert study_flesd.main(arguments) == 2
+        assert client_module.train is train  # what the study puts in its place is gone with it
         assert "nowhere" in (err := capsys.readouterr().err)
         assert err.startswith("error: ")
 
