@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedssl.config import EVALUATION_NAME, compose_evaluation, conf_dir, fill_in, instantiate
-from fedssl.environment import set_defaults
+from fedssl.environment import keep_memory, set_defaults
 from fedssl.errors import ConfigError, FedSSLError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     sys.path.append(str(Path.cwd()))  # a user's own modules, as `fedssl` finds them
     set_defaults()
+    keep_memory()
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _evaluate(arguments.run, arguments.overrides, arguments.config_dir, arguments.out)

@@ -56,12 +56,13 @@ def commit() -> str:
 
 
 def main() -> int:
-    from fedssl.environment import set_defaults
+    from fedssl.environment import keep_memory, set_defaults
 
     parser = argparse.ArgumentParser(description="Measure what fedssl promises about its speed.")
     parser.add_argument("name", choices=BENCHMARKS)
     name = parser.parse_args().name
     set_defaults()
+    keep_memory()
     os.environ["OMP_NUM_THREADS"] = "1"
     before = hardware()  # the load, too, is the one before our own
     figures, bars = getattr(importlib.import_module(f"bench.{name}"), name)()

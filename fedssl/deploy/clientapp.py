@@ -6,11 +6,13 @@ A SuperNode starts this for every message, so what it imports is what a message 
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
 from fedssl.deploy.client_app import app
+from fedssl.environment import keep_memory
 from fedssl.federation import flower_compat
 
 
 def main() -> None:
     """Entry point."""
+    keep_memory()
     flower_compat.serve_installed_app(app)
     flwr_clientapp()
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedssl.config import check_values, fill_in, instantiate
+from fedssl.environment import keep_memory
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Plane, extract_features, principal_plane
 from fedssl.federation.checkpoint import Checkpoints
@@ -341,6 +342,7 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
 
 def _simulate(setup: Setup, strategy: Strategy, run_dir: Path, deployed: DeployedGrid | None) -> dict[str, Any]:
     """From the newest checkpoint, or the start, to the summary; a run that is killed on the way has none."""
+    keep_memory()  # for the server's distillation and probes, and for clients in this process
     checkpoints = _checkpoints(setup, run_dir)
     state: State | None = None
     if rounds := checkpoints.rounds():

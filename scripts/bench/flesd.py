@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 
 from fedssl import run
 from fedssl.config import compose, instantiate
+from fedssl.environment import keep_memory
 from fedssl.evaluate.features import CPU_BATCH
 from fedssl.losses import cosine_distance, nt_xent
 from fedssl.models import Model, feature_dim
@@ -141,7 +142,7 @@ def parts(num_rounds: int) -> list[float]:
     """Seconds of rounds that are nothing but those steps: clients at once on the cores, then students at once."""
     families = [FAMILIES[p % len(FAMILIES)] for p in range(CLIENTS)]
     done = []
-    with ProcessPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(CORES, initializer=_one_core) as pool:
         for _ in range(num_rounds):
             started = time.perf_counter()
             for task, names in ((bare_client, families), (bare_server, list(FAMILIES))):
@@ -149,6 +150,12 @@ def parts(num_rounds: int) -> list[float]:
                 list(pool.map(task, longest_first))
             done.append(time.perf_counter() - started)
     return done
+
+
+def _one_core() -> None:
+    """What a worker of ours is told, too."""
+    keep_memory()
+    torch.set_num_threads(1)
 
 
 # --- a straightforward implementation -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedssl.config import compose, instantiate
 from fedssl.data.images import ImageSet
 from fedssl.data.public import PublicSet
+from fedssl.environment import keep_memory
 from fedssl.federation.grids.base import App
 from fedssl.federation.grids.flower_sim import FlowerSim
 from fedssl.federation.grids.in_process import InProcess
@@ -55,6 +56,7 @@ def plain(given: Namespace) -> None:
 
 
 def _plain(given: Namespace, rank: int, sums: Tensor, barrier: Any) -> None:
+    keep_memory()
     if rank > 0:
         os.setsid()  # on a busy machine Linux divides the cores among sessions: the bound must not share one
     task = Task(given.folder)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
+from fedssl.environment import keep_memory
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config
@@ -369,6 +370,7 @@ class _Worker:
         import torch
         from ray import cloudpickle
 
+        keep_memory()
         torch.set_num_threads(self._threads)
         self._app = cloudpickle.loads(load_app)()
         gc.freeze()  # what is loaded now stays; the collector need not look at it again
