@@ -48,6 +48,7 @@ def test_a_record_keeps_names_and_order() -> None:
     record = to_record({"b": np.zeros(2), "a": np.ones(1)})
     assert list(record) == ["b", "a"]
     assert record["a"] == Array(np.ones(1))
+    assert vars(record["a"]) == vars(Array(np.ones(1)))  # Flower's own notes, too
 
 
 def test_objects_are_not_sent() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation import simulation
-from fedssl.federation.arrays import to_record
 from fedssl.federation.client import Broadcast, Client
 from fedssl.federation.per_family import WeightUploads
 from fedssl.federation.records import Header, Upload, family_state, model_state, to_arrays
@@ -600,12 +599,12 @@ def test_settings_that_cannot_work_are_refused(override: str, message: str, tmp_
 
 @pytest.mark.parametrize(("value", "grown"), [(4.9, False), (-4.9, False), (5.1, True), (-5.1, True)])
 def test_a_weight_that_has_grown_tenfold_is_tried_out(value: float, grown: bool) -> None:
-    before = largest_entries(to_record({"f/w": np.array([0.1, -0.5]), "f/bias": np.zeros(2)}))
+    before = largest_entries({"f/w": np.array([0.1, -0.5]), "f/bias": np.zeros(2)})
     assert before == {"f/w": 0.5, "f/bias": 0.0}
     arrays = {"f/w": np.array([0.0, value]), "f/bias": np.array([9.0, 0.0]), "f/none": np.zeros(0)}
-    assert has_grown(arrays, before) == grown
-    assert has_grown({**arrays, "f/bias": np.array([0.0, 11.0])}, before)
-    assert has_grown({"f/centroids": np.array([1e9])}, before) is False
+    assert has_grown(largest_entries(arrays), before) == grown
+    assert has_grown(largest_entries({**arrays, "f/bias": np.array([0.0, 11.0])}), before)
+    assert has_grown(largest_entries({"f/centroids": np.array([1e9])}), before) is False
 
 
 def test_mean_weights_by_hand() -> None:

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 
 from fedssl.errors import PayloadError
+from fedssl.federation import flower_compat
 
 NUMPY = "numpy.ndarray"  # Flower's name for numpy's format
 _HEADER_BYTES = 16_384  # numpy reads headers of up to 10,000 characters
@@ -22,20 +23,21 @@ _PARSERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Named arrays as a Flower record; each is copied once."""
-    record = ArrayRecord()
-    for name, value in arrays.items():
-        record[name] = write_array(value)
-    return record
+    return flower_compat.array_record({name: _written(value) for name, value in arrays.items()})
 
 
 def write_array(value: np.ndarray) -> Array:
     """The array as Flower sends it, equal to `Array(value)`."""
+    return Array(*_written(value))
+
+
+def _written(value: np.ndarray) -> tuple[str, tuple[int, ...], str, bytes]:
     if value.dtype.hasobject:
         raise ValueError(f"arrays of {value.dtype} cannot be sent: they hold Python objects")
     fortran_order = value.flags.f_contiguous and not value.flags.c_contiguous
     dtype, header = _header(value.dtype, value.shape, fortran_order)
     rows = value.T if fortran_order else np.ascontiguousarray(value)
-    return Array(dtype, value.shape, NUMPY, b"".join((header, rows.data)))
+    return dtype, value.shape, NUMPY, b"".join((header, rows.data))
 
 
 def read_array(name: str, array: Array) -> np.ndarray:
@@ -58,6 +60,11 @@ def read_array(name: str, array: Array) -> np.ndarray:
         return np.ndarray(shape, dtype, buffer=data, offset=start, order="F" if fortran_order else "C")
     except Exception as error:  # numpy's parser raises many kinds
         raise PayloadError(f"array {name!r} cannot be read: {error}") from error
+
+
+def read_arrays(record: ArrayRecord) -> dict[str, np.ndarray]:
+    """All of a record, by name; see `read_array`."""
+    return {name: read_array(name, array) for name, array in record.items()}
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from fedssl.errors import FedSSLError, PayloadError
-from fedssl.federation.arrays import to_record
+from fedssl.federation.arrays import read_arrays, to_record
 from fedssl.federation.devices import Devices
 from fedssl.federation.flower_compat import Summed, note_sum, noted_sum
 from fedssl.federation.records import Upload, num_bytes
@@ -77,14 +77,19 @@ class Summation:
         family, images = self.clients.get(upload.header.partition_id, ("", 0))
         return upload.header.family == family and 1 <= self.share(upload.num_images) <= self.share(images)
 
-    def check(self, upload: Upload, partition_id: int, before: ArrayRecord) -> None:
-        """Raise `PayloadError` unless it is what this client was asked for, and nobody could refuse it later."""
+    def check(self, upload: Upload, partition_id: int, before: ArrayRecord) -> dict[str, float]:
+        """Raise `PayloadError` unless it is what this client was asked for, and nobody could refuse it later.
+
+        Returns:
+            Its `largest_entries`.
+        """
         header = upload.header
         header.check(round_num=self.round_num, codec="weights", public_fingerprint=self.public_fingerprint)
         if header.partition_id != partition_id:
             raise PayloadError(f"it says it is of partition {header.partition_id}")
-        check_weights(upload.arrays, before, header.family)
+        largest = check_weights(upload.arrays, before, header.family)
         self.devices.check_stated(upload.metrics, header.family)
+        return largest
 
 
 class ExactSum:
@@ -97,12 +102,12 @@ class ExactSum:
 
     def __init__(self, before: ArrayRecord, capacity: float) -> None:
         self.total: dict[str, np.ndarray] = {}  # doubles, as the weights are shaped
-        self._largest = largest_entries(before)
+        self._largest = largest_entries(read_arrays(before))
         self._capacity = capacity
 
-    def holds(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Whether these weights, which are finite, are within the bound."""
-        return arrays.keys() == self._largest.keys() and not has_grown(arrays, self._largest)
+    def holds(self, largest: Mapping[str, float]) -> bool:
+        """Whether weights whose `largest_entries` are these, finite ones, are within the bound."""
+        return largest.keys() == self._largest.keys() and not has_grown(largest, self._largest)
 
     def add(self, arrays: Mapping[str, np.ndarray], share: float) -> None:
         """Add weights that it `holds`."""
@@ -187,8 +192,7 @@ class Sums:
             return
         try:
             upload = Upload.from_message(reply)
-            if noted is None:
-                asked.check(upload, partition_id, before)
+            largest = asked.check(upload, partition_id, before) if noted is None else {}
             admitted = asked.admits(upload)
         except PayloadError:
             return
@@ -198,7 +202,7 @@ class Sums:
         exact = self._of.get(family) or ExactSum(before, asked.capacity(family))
         if noted is not None:
             exact.add_sum(upload.arrays)
-        elif exact.holds(upload.arrays):
+        elif exact.holds(largest):
             exact.add(upload.arrays, asked.share(upload.num_images))
         else:
             return
@@ -234,7 +238,7 @@ def mean_of(uploads: Sequence[Upload], summation: Summation, before: ArrayRecord
         share = summation.share(upload.num_images)
         if upload.summed is not None:
             exact.add_sum(upload.arrays)
-        elif summation.admits(upload) and exact.holds(upload.arrays):
+        elif summation.admits(upload) and exact.holds(largest_entries(upload.arrays)):
             exact.add(upload.arrays, share)
         else:
             for name, value in upload.arrays.items():

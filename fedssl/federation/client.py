@@ -20,7 +20,7 @@ from fedssl.ensemble import Target
 from fedssl.errors import ConfigError, DataError
 from fedssl.evaluate import Evaluator
 from fedssl.federation.embedding import embed
-from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
+from fedssl.federation.records import Header, Upload, family_values, load_state, model_state
 from fedssl.methods import Method
 from fedssl.models import Model, calibrate_batch_norm
 from fedssl.models.compiled import check_mode
@@ -118,8 +118,8 @@ class Client:
         """A model of this client's family with the broadcast weights; with none, the run's initial weights."""
         with self.doing("loading the broadcast"):
             model = self.build_model(self.family)
-            if state := family_state(broadcast.arrays, self.family):
-                load_state(model, state)
+            if values := family_values(broadcast.arrays, self.family):
+                load_state(model, values)
             return model.to(self.device)
 
     def remembered(self, family: str) -> Model:

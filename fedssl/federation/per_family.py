@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
-from fedssl.federation.arrays import read_array
+from fedssl.federation.arrays import read_arrays
 from fedssl.federation.averaging import Summation, mean_of
 from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.global_models import GlobalModels
@@ -55,7 +55,7 @@ class WeightUploads(GlobalModels):
             raise PayloadError(f"no client is of family {family!r}")
         self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
-        if has_grown(upload.arrays, self._largest(family)):
+        if has_grown(largest_entries(upload.arrays), self._largest(family)):
             self.server.try_out(family, self.state(upload))
         self.checked[reply] = upload
         return upload
@@ -66,7 +66,7 @@ class WeightUploads(GlobalModels):
             self._largest_of = self.arrays, {}
         known = self._largest_of[1]
         if family not in known:
-            known[family] = largest_entries(family_arrays(self.arrays, family))
+            known[family] = largest_entries(read_arrays(family_arrays(self.arrays, family)))
         return known[family]
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
@@ -79,7 +79,7 @@ class WeightUploads(GlobalModels):
         Raises:
             FedSSLError: they are not weights of `family` at all.
         """
-        arrays = {name: read_array(name, array) for name, array in to_arrays({family: state}).items()}
+        arrays = read_arrays(to_arrays({family: state}))
         try:
             check_fit(arrays, family_arrays(self.arrays, family), family)
         except PayloadError as error:

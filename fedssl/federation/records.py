@@ -7,7 +7,7 @@ Weights travel as ``<family>/<parameter>``, so that one record can hold the mode
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,24 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `model_state` returned; a missing, unknown or misshapen entry is a `PayloadError`."""
+def load_state(model: nn.Module, state: Mapping[str, Tensor] | Mapping[str, np.ndarray]) -> None:
+    """Load what `model_state` or `family_values` returned; an entry that is missing, unknown or misshapen is a
+    `PayloadError`.
+    """
     own = model_state(model)
     if own.keys() != state.keys():
         raise PayloadError(f"weights do not fit the model: differing entries {sorted(own.keys() ^ state.keys())[:4]}")
     with torch.no_grad():
         for name, value in own.items():
-            if value.shape != state[name].shape:
-                raise PayloadError(f"weight {name!r} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}")
-            value.copy_(state[name])
+            given = state[name]
+            if value.shape != given.shape:
+                raise PayloadError(f"weight {name!r} has shape {tuple(given.shape)}, not {tuple(value.shape)}")
+            if isinstance(given, Tensor):
+                value.copy_(given)
+            elif value.device.type == "cpu":
+                np.copyto(value.numpy(), given)
+            else:
+                value.copy_(torch.from_numpy(given.copy()))  # torch wants no read-only arrays
     recount_batches(model)
 
 
@@ -62,11 +70,14 @@ def family_arrays(arrays: ArrayRecord, family: str) -> ArrayRecord:
 
 def family_state(arrays: ArrayRecord, family: str) -> dict[str, Tensor]:
     """The tensors of `family` in `arrays`, by parameter name; empty if the record holds none."""
+    return {name: torch.from_numpy(value.copy()) for name, value in family_values(arrays, family).items()}
+
+
+def family_values(arrays: ArrayRecord, family: str) -> dict[str, np.ndarray]:
+    """The same, not copied and therefore read-only."""
     prefix = f"{family}/"
     return {
-        name.removeprefix(prefix): torch.from_numpy(read_array(name, array).copy())
-        for name, array in arrays.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): read_array(name, array) for name, array in arrays.items() if name.startswith(prefix)
     }
 
 
@@ -100,7 +111,7 @@ class Header:
 
     def to_record(self) -> ConfigRecord:
         """As a Flower record."""
-        return ConfigRecord(asdict(self))
+        return ConfigRecord(dict(vars(self)))
 
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> "Header":

@@ -19,7 +19,7 @@ from fedssl.errors import PayloadError, TooFewRepliesError
 from fedssl.federation.averaging import Summation, Sums
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from fedssl.federation.flower_compat import noted_sum
-from fedssl.federation.records import Upload, family_state, load_state, num_bytes
+from fedssl.federation.records import Upload, family_values, load_state, num_bytes
 from fedssl.federation.replies import KeptReplies
 from fedssl.federation.roster import Member, ask_roster, by_node
 from fedssl.federation.setup import Setup
@@ -425,9 +425,9 @@ class Rounds:
     def _evaluate_global(self, round_num: int, arrays: ArrayRecord) -> dict[str, dict[str, float]]:
         evaluation = {}
         for family in self.setup.families:
-            if state := family_state(arrays, family):
+            if values := family_values(arrays, family):
                 model = self.setup.build_model(family)
-                load_state(model, state)
+                load_state(model, values)
                 evaluation[family] = self.setup.evaluator(model.backbone.to(self.setup.device))
                 self.tracker.row(round_num, "eval", evaluation[family], family=family)
         return evaluation

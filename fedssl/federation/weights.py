@@ -9,14 +9,14 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedssl.errors import PayloadError
-from fedssl.federation.arrays import dtype_name, read_array
+from fedssl.federation.arrays import dtype_name
 
 LARGEST = 1e10  # of a trained weight, so that a mean of them is finite; batch norm's averages follow what they get
 GROWTH = 10.0  # of a weight's largest entry in one client's training: up to here nobody doubts that a network works
 
 
-def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
-    """Refuse weights that do not fit the family's, or that no network can have.
+def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> dict[str, float]:
+    """Refuse weights that do not fit the family's, or that no network can have; their `largest_entries`.
 
     Args:
         arrays: what a client sent, by `<family>/<parameter>`.
@@ -27,7 +27,7 @@ def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, famil
         PayloadError: names the first weight that is wrong.
     """
     check_fit(arrays, expected, family)
-    check_values(arrays)
+    return check_values(arrays)
 
 
 def check_fit(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> None:
@@ -40,20 +40,22 @@ def check_fit(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: s
             raise PayloadError(f"weight {name!r} is {value.dtype}{value.shape}, not {own.dtype}{tuple(own.shape)}")
 
 
-def check_values(arrays: Mapping[str, np.ndarray]) -> None:
+def check_values(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Finite numbers, trained ones of at most `LARGEST`, no negative variance; see `check_weights`."""
-    for name, value in arrays.items():
-        if not math.isfinite(largest := _largest_entry(value)):
+    largest = largest_entries(arrays)
+    for name, value in largest.items():
+        if not math.isfinite(value):
             raise PayloadError(f"weight {name!r} holds NaN or infinity")
-        if "running_" not in name and largest > LARGEST:
-            raise PayloadError(f"weight {name!r} holds {largest:.3g}, no trained network has beyond {LARGEST:g}")
-        if name.endswith("running_var") and value.size and value.min() < 0:
-            raise PayloadError(f"weight {name!r} holds the negative variance {value.min():.3g}")
+        if "running_" not in name and value > LARGEST:
+            raise PayloadError(f"weight {name!r} holds {value:.3g}, no trained network has beyond {LARGEST:g}")
+        if name.endswith("running_var") and (least := arrays[name].min(initial=0)) < 0:
+            raise PayloadError(f"weight {name!r} holds the negative variance {least:.3g}")
+    return largest
 
 
-def largest_entries(arrays: ArrayRecord) -> dict[str, float]:
+def largest_entries(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The largest absolute entry of each."""
-    return {name: _largest_entry(read_array(name, array)) for name, array in arrays.items()}
+    return {name: _largest_entry(value) for name, value in arrays.items()}
 
 
 def _largest_entry(value: np.ndarray) -> float:
@@ -61,18 +63,16 @@ def _largest_entry(value: np.ndarray) -> float:
     return max(float(value.max()), -float(value.min())) if value.size else 0.0
 
 
-def has_grown(arrays: Mapping[str, np.ndarray], before: Mapping[str, float]) -> bool:
+def has_grown(largest: Mapping[str, float], before: Mapping[str, float]) -> bool:
     """Whether an entry is beyond `GROWTH` times the largest before, or beyond `GROWTH` where all were 0.
 
     If none is, no sum of products in a network that worked before comes near to float32's range of 1e38.
 
     Args:
-        arrays: what a client sent, by `<family>/<parameter>`; what is not in `before` is not looked at.
-        before: `largest_entries` of what it was sent.
+        largest: `largest_entries` of what a client sent; what is not in `before` is not looked at.
+        before: of what it was sent.
     """
-    return any(
-        name in before and _largest_entry(value) > GROWTH * (before[name] or 1.0) for name, value in arrays.items()
-    )
+    return any(name in before and value > GROWTH * (before[name] or 1.0) for name, value in largest.items())
 
 
 def mean_weights(states: Sequence[Mapping[str, np.ndarray]], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from fedssl.federation.grids.base import App
 from fedssl.federation.grids.flower_sim import FlowerSim
 from fedssl.federation.grids.in_process import InProcess
 from fedssl.federation.grids.ray import Ray, RayGrid
-from fedssl.federation.records import Header, Upload, family_state, load_state, model_state
+from fedssl.federation.records import Header, Upload, family_state, family_values, load_state, model_state
 from fedssl.federation.roster import ask_roster
 from fedssl.federation.rounds import gather
 from fedssl.federation.server import Server
@@ -95,7 +95,7 @@ def client_app(folder: Path) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         started = time.perf_counter()
         partition_id = int(cast(int, context.node_config["partition-id"]))
-        load_state(model, family_state(message.content.array_records["arrays"], FAMILY))
+        load_state(model, family_values(message.content.array_records["arrays"], FAMILY))
         loss = task.train(model, partition_id)
         upload = Upload(
             header=Header(
