@@ -14,7 +14,7 @@ from torch import Tensor
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation.arrays import read_arrays
 from fedssl.federation.averaging import Summation, mean_of
-from fedssl.federation.flower_compat import noted_sum
+from fedssl.federation.flower_compat import Summed, noted_sum
 from fedssl.federation.global_models import GlobalModels
 from fedssl.federation.records import Upload, family_arrays, family_state, to_arrays, to_metrics
 from fedssl.federation.roster import Member
@@ -223,6 +223,7 @@ class Averaging(PerFamily):
     def __init__(self, *, server: Server, weighted: bool) -> None:
         super().__init__(server=server)
         self.weighted = weighted
+        self._of_sums: WeakKeyDictionary[Message, tuple[Summed, Upload]] = WeakKeyDictionary()  # as it is now
 
     @property
     def summation(self) -> Summation | None:
@@ -242,10 +243,13 @@ class Averaging(PerFamily):
 
     def check(self, reply: Message) -> Upload:
         """As `WeightUploads`; what was added to a sum was checked before."""
-        if noted_sum(reply) is None:
+        noted = noted_sum(reply)
+        if noted is None:
             return super().check(reply)
-        self.checked.pop(reply, None)  # it had its weights then
-        return Upload.from_message(reply)
+        if self._of_sums.get(reply, (None,))[0] is not noted:
+            self.checked.pop(reply, None)  # it had its weights then
+            self._of_sums[reply] = noted, Upload.from_message(reply)
+        return self._of_sums[reply][1]
 
     def merge(self, family: str, uploads: Sequence[Upload], before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean of the uploads."""

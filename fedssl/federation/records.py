@@ -116,12 +116,10 @@ class Header:
     @classmethod
     def from_record(cls, record: Mapping[str, object]) -> "Header":
         """From a Flower record; `PayloadError` if a field is missing or has another type."""
-        values = {}
-        for field in fields(cls):
-            value = record.get(field.name)
-            if type(value) is not field.type:
-                raise PayloadError(f"header field {field.name!r} should be {field.type}, got {value!r}")
-            values[field.name] = value
+        values = {name: record.get(name) for name in _HEADER}
+        for name, kind in _HEADER.items():
+            if type(values[name]) is not kind:
+                raise PayloadError(f"header field {name!r} should be {kind}, got {values[name]!r}")
         return cls(**values)  # type: ignore[arg-type]
 
     def check(self, *, round_num: int, codec: str, public_fingerprint: str) -> None:
@@ -135,6 +133,9 @@ class Header:
                 f"its public set ({self.public_fingerprint[:12]}) is not the server's "
                 f"({public_fingerprint[:12]}): same images, order and transform are needed (public=)"
             )
+
+
+_HEADER = {field.name: field.type for field in fields(Header)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -438,18 +438,14 @@ class _Task:
     deaths: int = 0  # workers that died while they ran this message alone
     alone: bool = False  # it was in a batch that died, or in a sum that was given up
     wanted: bool = True
+    message_id: str = field(init=False)  # of the message, where to find it takes a while
+    node_id: int = field(init=False)
+    message_type: str = field(init=False)
 
-    @property
-    def message_id(self) -> str:
-        return self.message.metadata.message_id
-
-    @property
-    def node_id(self) -> int:
-        return self.message.metadata.dst_node_id
-
-    @property
-    def message_type(self) -> str:
-        return self.message.metadata.message_type
+    def __post_init__(self) -> None:
+        metadata = self.message.metadata
+        self.message_id, self.node_id = metadata.message_id, metadata.dst_node_id
+        self.message_type = metadata.message_type
 
     @property
     def kind(self) -> tuple[int, str]:
