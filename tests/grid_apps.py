@@ -1,6 +1,7 @@
 """Client apps for the tests of the grids, in a module of their own so that workers can import it."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -95,6 +96,7 @@ class Behaviour:
         if action == "count":
             context.state["count"] = MetricRecord({"n": count})
         facts = {
+            "page_faults": page_faults() if action == "allocate" else 0,
             "partition": partition_id,
             "partitions": int(context.node_config["num-partitions"]),
             "pid": os.getpid(),
@@ -111,6 +113,19 @@ class Behaviour:
             arrays = message.content["arrays"]
             records["arrays"] = ArrayRecord({k: Array(a.numpy() + partition_id) for k, a in arrays.items()})
         return Message(RecordDict(records), reply_to=message)
+
+
+def page_faults() -> int:
+    """Pages that the system gave for a step that needs as much memory as the ones before it."""
+    for _ in range(3):
+        _step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    _step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def _step() -> list[np.ndarray]:
+    return [np.ones(size, np.uint8) for _ in range(64) for size in (1 << 20, 3 << 20)]  # no huge pages: 256 MiB
 
 
 def private_bytes() -> int:

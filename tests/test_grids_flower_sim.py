@@ -126,6 +126,11 @@ def test_closing_does_not_wait_for_a_client_that_hangs() -> None:
 
 # --- the grid ---
 @pytest.mark.ray
+def test_workers_keep_the_memory_that_they_free(grid: FlowerSimGrid) -> None:
+    assert max(facts(grid.send_and_receive(messages(grid, [0, 1], "allocate")), "page_faults")) < 1000
+
+
+@pytest.mark.ray
 def test_workers_are_other_processes_with_our_surroundings(grid: FlowerSimGrid) -> None:
     everyone = list(range(NUM_CLIENTS))
     replies = grid.send_and_receive(messages(grid, everyone))

@@ -89,6 +89,10 @@ def test_stock_fedavg_equals_a_plain_loop_bit_for_bit(grid: RayGrid) -> None:
         np.testing.assert_array_equal(stock_fedavg(fedavg_grid), plain_fedavg(10))
 
 
+def test_workers_keep_the_memory_that_they_free(grid: RayGrid) -> None:
+    assert max(facts(grid.send_and_receive(messages(grid, [0, 1], "allocate")), "page_faults")) < 1000
+
+
 def test_workers_are_other_processes_with_our_surroundings(grid: RayGrid) -> None:
     replies = grid.send_and_receive(messages(grid, [*range(6), 5, 4, 3]))
     assert facts(replies, "partition") == [0, 1, 2, 3, 4, 5, 5, 4, 3]
@@ -435,6 +439,17 @@ def test_a_long_round_sends_its_sums_now_and_then(uploading: RayGrid, monkeypatc
     sums = [upload.summed for upload in uploads if upload.summed]
     assert len(sums) > len(uploading._slots)
     assert sorted(partition for one in sums for partition in one) == sorted(4 * list(range(NUM_CLIENTS)))
+
+
+def test_what_the_server_keeps_of_a_reply_is_without_weights(uploading: RayGrid) -> None:
+    kept: dict[int, Upload] = {}
+
+    def check(reply: Message) -> None:
+        upload = Upload.from_message(reply)
+        kept[upload.header.partition_id] = upload
+
+    gather(uploading, to_everybody(uploading), check=check, timeout=None, summation=SUMMATION)
+    assert [dict(kept[partition].arrays) for partition in range(NUM_CLIENTS)] == [{}] * NUM_CLIENTS
 
 
 def test_what_is_added_up_apart_ends(uploading: RayGrid) -> None:

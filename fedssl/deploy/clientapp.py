@@ -12,7 +12,7 @@ from fedssl.federation import flower_compat
 
 def main() -> None:
     """Entry point."""
-    keep_memory()
+    keep_memory(of_threads=True)  # `client_app.within` lets one train
     flower_compat.serve_installed_app(app)
     flwr_clientapp()
 

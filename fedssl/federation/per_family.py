@@ -223,7 +223,7 @@ class Averaging(PerFamily):
     def __init__(self, *, server: Server, weighted: bool) -> None:
         super().__init__(server=server)
         self.weighted = weighted
-        self._of_sums: WeakKeyDictionary[Message, tuple[Summed, Upload]] = WeakKeyDictionary()  # as it is now
+        self._of_sums: WeakKeyDictionary[Message, tuple[Summed, Upload]] = WeakKeyDictionary()  # read since
 
     @property
     def summation(self) -> Summation | None:

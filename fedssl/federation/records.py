@@ -74,7 +74,7 @@ def family_state(arrays: ArrayRecord, family: str) -> dict[str, Tensor]:
 
 
 def family_values(arrays: ArrayRecord, family: str) -> dict[str, np.ndarray]:
-    """The same, not copied and therefore read-only."""
+    """The arrays of `family` by parameter name, not copied and therefore read-only."""
     prefix = f"{family}/"
     return {
         name.removeprefix(prefix): read_array(name, array) for name, array in arrays.items() if name.startswith(prefix)

@@ -141,9 +141,9 @@ def gather(
 
     def add_up(member: Member, sent: Message, reply: Message) -> None:
         if sums is not None:
-            whole = noted_sum(reply) is None
+            noted = noted_sum(reply)
             sums.take(member.partition_id, sent, reply)
-            if whole and noted_sum(reply) is not None:
+            if noted_sum(reply) is not noted:
                 check(reply)  # what the strategy keeps of it is without weights now
 
     unanswered = []

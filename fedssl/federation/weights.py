@@ -16,12 +16,15 @@ GROWTH = 10.0  # of a weight's largest entry in one client's training: up to her
 
 
 def check_weights(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: str) -> dict[str, float]:
-    """Refuse weights that do not fit the family's, or that no network can have; their `largest_entries`.
+    """Refuse weights that do not fit the family's, or that no network can have.
 
     Args:
         arrays: what a client sent, by `<family>/<parameter>`.
         expected: the family's own weights.
         family: for the message.
+
+    Returns:
+        Their `largest_entries`.
 
     Raises:
         PayloadError: names the first weight that is wrong.
@@ -41,7 +44,7 @@ def check_fit(arrays: Mapping[str, np.ndarray], expected: ArrayRecord, family: s
 
 
 def check_values(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Finite numbers, trained ones of at most `LARGEST`, no negative variance; see `check_weights`."""
+    """Finite numbers, trained ones of at most `LARGEST`, no negative variance; results as of `check_weights`."""
     largest = largest_entries(arrays)
     for name, value in largest.items():
         if not math.isfinite(value):

@@ -13,6 +13,7 @@ from flwr.app import Message
 
 from fedssl.codecs import Codec, Factor, TopK
 from fedssl.ensemble import EnsembleTarget, RowMean
+from fedssl.environment import keep_memory
 from fedssl.federation.flower_compat import identify_process
 from fedssl.federation.records import Header, Upload
 from fedssl.similarity import Similarity
@@ -82,6 +83,7 @@ def targets(similarities: Sequence[Similarity]) -> float:
 def one_round(name: str) -> dict[str, float]:
     """Peak above the import baseline, in GB, and the seconds of each stage. For a fresh process."""
     identify_process()
+    keep_memory()  # as a run does
     codec = CODECS[name]
     baseline = private_bytes()
     peak = Peak()

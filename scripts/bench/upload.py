@@ -13,6 +13,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedssl.environment import keep_memory
+
 CLIENTS = 8
 SIDE = 5_000  # of a similarity matrix in fp16: 50 MB
 UPLOAD_BYTES = 2 * SIDE**2
@@ -82,6 +84,7 @@ def ours() -> list[dict[str, float]]:
     """On our Ray grid."""
     from fedssl.federation.arrays import read_array
 
+    keep_memory()  # as a run does
     matrix()
     with ray_settings().open(our_app, num_clients=CLIENTS, threads=1, device="cpu") as grid:
         return rounds(grid, lambda array: read_array("s", array))

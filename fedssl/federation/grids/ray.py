@@ -438,7 +438,7 @@ class _Task:
     deaths: int = 0  # workers that died while they ran this message alone
     alone: bool = False  # it was in a batch that died, or in a sum that was given up
     wanted: bool = True
-    message_id: str = field(init=False)  # of the message, where to find it takes a while
+    message_id: str = field(init=False)  # copied: metadata is slow to read
     node_id: int = field(init=False)
     message_type: str = field(init=False)
 
