@@ -139,10 +139,7 @@ def records_from_bytes(data: bytes) -> RecordDict:
 
 def _with_bytes(record: ArrayRecord) -> ArrayRecord:
     """Arrays whose data are bytes; what came through shared memory has views."""
-    whole = ArrayRecord()
-    for name, array in record.items():
-        whole[name] = Array(array.dtype, array.shape, array.stype, bytes(array.data))
-    return whole
+    return array_record({name: (a.dtype, a.shape, a.stype, bytes(a.data)) for name, a in record.items()})
 
 
 def num_bytes(record: Record) -> int:

@@ -26,7 +26,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
-from fedssl.environment import keep_memory
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.grids import ray as our_ray
@@ -172,7 +171,6 @@ class _ClientApp:
             from ray import cloudpickle
 
             self.surroundings.enter()
-            keep_memory()
             torch.set_num_threads(self.threads)
             _loaded[self.key] = cloudpickle.loads(self.load_app)()
         before = context.state if len(context.state) else None

@@ -351,6 +351,7 @@ class Surroundings:
         if not self.see_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         flower_compat.identify_process()
+        keep_memory()
 
 
 class _Worker:
@@ -370,7 +371,6 @@ class _Worker:
         import torch
         from ray import cloudpickle
 
-        keep_memory()
         torch.set_num_threads(self._threads)
         self._app = cloudpickle.loads(load_app)()
         gc.freeze()  # what is loaded now stays; the collector need not look at it again
