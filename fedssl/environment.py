@@ -4,8 +4,11 @@ Only defaults: what the user's own environment says stays.
 """
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DEFAULTS = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -54,3 +57,17 @@ def keep_memory(*, of_threads: bool = False) -> bool:
     if mallopt is None or not any(mallopt(M_MMAP_THRESHOLD, size) for size in (KEPT_BYTES, GLIBC_LIMIT)):
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)) and (not of_threads or bool(mallopt(M_ARENA_MAX, 1)))
+
+
+@contextmanager
+def keep_start() -> Iterator[None]:
+    """Inside, Python's collector does not look at what is there now: modules, data, models.
+
+    Else it looks at all of it, again and again, in a round of many messages: one of 10,000 cost 1.4 times as much a
+    message as one of 1,000, and 1.1 times so.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,5 +1,6 @@
 """What a process of ours is told before its work."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedssl import environment, evaluate_command
+from fedssl.environment import keep_start
 from fedssl.federation import simulation
 from tests.federation_helpers import small
 
@@ -85,3 +87,11 @@ def test_a_run_and_an_evaluation_keep_their_memory(tmp_path: Path, monkeypatch: 
     simulation.run(small(tmp_path / "run", "federation.num_rounds=1", "strategy=local_only"))
     assert evaluate_command.main([str(tmp_path / "nowhere")]) == 2
     assert asked == ["run", "evaluation"]
+
+
+def test_the_collector_does_not_look_at_what_was_there_before() -> None:
+    before = gc.get_freeze_count()
+    with keep_start():
+        assert gc.get_freeze_count() > before + 10_000
+        assert len(gc.get_objects()) < 10_000
+    assert gc.get_freeze_count() == 0

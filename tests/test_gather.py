@@ -1,6 +1,6 @@
 """One batch of messages: replies in partition order, every missing one named, every byte counted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,10 +53,10 @@ class Scripted(LocalGrid):
     def _push(self, messages: Sequence[Message]) -> None:
         self.waiting |= {message.metadata.message_id: message for message in messages}
 
-    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
+    def _pull(self, message_ids: Set[str], deadline: float | None) -> dict[str, Message]:
         ready: dict[str, Message] = {}
         by_partition = {self.partition(self.waiting[i]): i for i in message_ids}
-        questions = self.waiting[message_ids[0]].metadata.message_type == "query.info"
+        questions = self.waiting[next(iter(message_ids))].metadata.message_type == "query.info"
         for partition in list(by_partition) if questions else list(self.order):
             if partition not in by_partition:
                 continue

@@ -166,7 +166,7 @@ def gather(
         for message_id, message in zip(ids, unanswered, strict=True)
     }
     while waiting and (deadline is None or time.monotonic() < deadline):
-        for reply in grid.pull_messages(list(waiting)):
+        for reply in grid.pull_messages(waiting.keys()):
             member, sent = waiting.pop(reply.metadata.reply_to_message_id)
             if not arrived(member, sent, reply):
                 continue

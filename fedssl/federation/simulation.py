@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedssl.config import check_values, fill_in, instantiate
-from fedssl.environment import keep_memory
+from fedssl.environment import keep_memory, keep_start
 from fedssl.errors import ConfigError
 from fedssl.evaluate import Plane, extract_features, principal_plane
 from fedssl.federation.checkpoint import Checkpoints
@@ -399,6 +399,7 @@ def _work(
             else f"fedssl replay.run={run_dir} replay.round={{round}} replay.partition={{partition}}",
         )
         strategy.summary()
+        stack.enter_context(keep_start())
         deadline = None if max_seconds is None else started + float(max_seconds)
         state = state or loop.initialise(setup.server().initial_arrays(), started)
         return loop.run(state, deadline=deadline)

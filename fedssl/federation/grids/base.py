@@ -3,7 +3,7 @@
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -86,8 +86,12 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are there by now, each handed out once; waits a moment where there is none yet."""
-        return list(self._pull(list(message_ids), None).values())
+        """The replies that are there by now, each handed out once; waits a moment where there is none yet.
+
+        Give a set, or a dictionary's keys: other ids are copied in every call, and many clients make many calls.
+        """
+        ids = message_ids if isinstance(message_ids, Set) else dict.fromkeys(message_ids).keys()
+        return list(self._pull(ids, None).values())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and wait for the replies, at most `timeout` seconds.
@@ -97,10 +101,12 @@ class LocalGrid(Grid):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         ids = self.push_messages(messages)
-        replies: dict[str, Message] = {}
-        while len(replies) < len(ids) and (deadline is None or time.monotonic() < deadline):
-            replies |= self._pull([i for i in ids if i not in replies], deadline)
-        self.forget([i for i in ids if i not in replies])
+        waiting, replies = dict.fromkeys(ids), dict[str, Message]()
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            for message_id, reply in self._pull(waiting.keys(), deadline).items():
+                del waiting[message_id]
+                replies[message_id] = reply
+        self.forget(list(waiting))
         return [replies[i] for i in ids if i in replies]
 
     def pop_events(self) -> list[GridEvent]:
@@ -127,7 +133,7 @@ class LocalGrid(Grid):
         """Take stamped messages."""
 
     @abstractmethod
-    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
+    def _pull(self, message_ids: Set[str], deadline: float | None) -> dict[str, Message]:
         """Some replies by the id of their message; none after `deadline` (`time.monotonic`)."""
 
     def __enter__(self) -> "LocalGrid":

@@ -8,7 +8,7 @@ itself looks for replies every three seconds, or that of Flower's simulation eng
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -244,10 +244,9 @@ class DeployedGrid(LocalGrid):
     def _answer(self, message: Message, code: int, reason: str) -> None:
         self._undelivered[message.metadata.message_id] = Message(Error(code, reason), reply_to=message)
 
-    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
-        wanted = set(message_ids)
-        replies = {i: self._undelivered.pop(i) for i in wanted & self._undelivered.keys()}
-        theirs = [i for i, message in self._sent.items() if message.metadata.message_id in wanted]
+    def _pull(self, message_ids: Set[str], deadline: float | None) -> dict[str, Message]:
+        replies = {i: self._undelivered.pop(i) for i in list(self._undelivered) if i in message_ids}
+        theirs = [i for i, message in self._sent.items() if message.metadata.message_id in message_ids]
         for start in range(0, len(theirs), AT_ONCE):
             for reply in self._grid.pull_messages(theirs[start : start + AT_ONCE]):
                 message = self._sent.pop(reply.metadata.reply_to_message_id)

@@ -1,7 +1,7 @@
 """The grid for debugging, tests and one GPU: clients run in this process, one after the other."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class InProcessGrid(LocalGrid):
     def _push(self, messages: Sequence[Message]) -> None:
         self._waiting.update((message.metadata.message_id, message) for message in messages)
 
-    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
+    def _pull(self, message_ids: Set[str], deadline: float | None) -> dict[str, Message]:
         replies = {}
         stop = time.monotonic() + SLICE_SECONDS
         with torch_threads(self._threads):

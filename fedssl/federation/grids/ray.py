@@ -21,7 +21,7 @@ import sys
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -602,14 +602,14 @@ class RayGrid(LocalGrid):
         self._queue.extend(tasks)
         self._dispatch()
 
-    def _pull(self, message_ids: Sequence[str], deadline: float | None) -> dict[str, Message]:
-        ready = [i for i in message_ids if i in self._replies]
+    def _pull(self, message_ids: Set[str], deadline: float | None) -> dict[str, Message]:
+        ready = [i for i in self._replies if i in message_ids]
         if not ready:
             wait = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
             self._collect(wait)
             self._dispatch()
             self._name_a_full_cluster()
-            ready = [i for i in message_ids if i in self._replies]
+            ready = [i for i in self._replies if i in message_ids]
         return {i: self._replies.pop(i) for i in ready}
 
     def _put(self, record: "flower_compat.Record | Summation") -> int:
@@ -627,7 +627,7 @@ class RayGrid(LocalGrid):
             if not self._users[key]:
                 del self._users[key], self._broadcast[key]
                 unused.append(key)
-        for slot in self._slots:
+        for slot in self._slots if unused else ():
             if held := slot.keys.intersection(unused):
                 slot.keys -= held
                 slot.actor.release.remote(list(held))
@@ -644,28 +644,29 @@ class RayGrid(LocalGrid):
         Only what should be short waits at a worker, behind what should be, and only while there is more for everybody.
         The second of two messages to one node has the state from before the first if both are under way.
         """
-        self._take_back()
         idle = [slot for slot in self._slots if not slot.calls]
-        busy = Counter(slot.device for slot in self._slots if slot.tasks)
+        if idle and not self._queue:
+            self._take_back()
+        busy = Counter(slot.device for slot in self._slots if slot.tasks) if idle and self._queue else Counter()
         while idle and self._queue:
             slot = min(idle, key=lambda slot: busy[slot.device])
             idle.remove(slot)
             busy[slot.device] += 1
             self._give(slot, self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1))))
-        for slot in self._slots:
-            if slot.sum is not None and not slot.calls and not self._queue:
+        for slot in idle:  # and nothing is left for it
+            if slot.sum is not None:
                 self._give(slot, [])
-            plenty = len(self._queue) > AHEAD * len(self._slots)
-            if plenty and slot.loaded and len(slot.calls) == 1 and self._is_short(slot):
+        for slot in self._slots:
+            if len(self._queue) <= AHEAD * len(self._slots):
+                break
+            if slot.loaded and len(slot.calls) == 1 and self._is_short(slot):
                 self._give(slot, self._next_batch(len(self._queue)))
 
     def _take_back(self) -> None:
-        """Where a worker is idle, what waits behind a call that takes far longer than it should is for others.
+        """What waits behind a call that takes far longer than it should is for others, which are idle.
 
         That worker will do it nevertheless, up to `batch_seconds` of work for nobody.
         """
-        if self._queue or all(slot.calls for slot in self._slots):
-            return
         overdue = time.monotonic() - OVERDUE * self._settings.batch_seconds
         for slot in self._slots:
             if len(slot.calls) < 2 or slot.calls[0].since >= overdue:
@@ -746,11 +747,13 @@ class RayGrid(LocalGrid):
         return batch
 
     def _collect(self, timeout: float) -> None:
-        """Take what one worker has finished, waiting at most `timeout` seconds for it."""
+        """Take what workers have finished, waiting at most `timeout` seconds for the first."""
         under_way = {slot.calls[0].reference: number for number, slot in enumerate(self._slots) if slot.calls}
         if not under_way:
             return
-        ready, _ = self._ray.wait(list(under_way), num_returns=1, timeout=timeout)
+        ready, others = self._ray.wait(list(under_way), num_returns=1, timeout=timeout)
+        if ready and len(others) > 1:  # of many workers several may be ready, and to look at all costs the same
+            ready += self._ray.wait(others, num_returns=len(others), timeout=0)[0]
         for reference in ready:
             number = under_way[reference]
             slot = self._slots[number]
