@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bench.measure import Result, in_own_process, judge, median_interval
+from bench.measure import Result, by_sitting, in_own_process, judge
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -37,7 +37,7 @@ CLIENTS, PRIVATE, PUBLIC = 5, 1_000, 2_000  # images: of each client, in the pub
 FAMILIES = ("conv4_16", "conv4_32", "resnet8")  # partition p has families[p % 3]
 LOCAL_EPOCHS, DISTILL_EPOCHS, BATCH = 2, 3, 128
 COORDINATES = 128
-SITTINGS, ROUNDS = 3, 6  # of each engine; the first round, which starts workers, does not count
+SITTINGS, ROUNDS = 8, 3  # of each engine; the first round, which starts workers, does not count
 PLAIN_ROUNDS = 3
 LIMIT = 1.15
 CORES = len(os.sched_getaffinity(0))
@@ -222,18 +222,18 @@ def plain(num_rounds: int) -> list[float]:
 
 # --- together -------------------------------------------------------------------------------------------------------
 def flesd() -> Result:
-    """Sittings in turn; round i of a sitting is paired with round i of the other engine's."""
-    done: dict[str, list[float]] = {"parts": [], "ours": []}
+    """Sittings in turn, each paired with the other engine's."""
+    done: dict[str, list[list[float]]] = {"parts": [], "ours": []}
     for i in range(SITTINGS):
         for engine in done if i % 2 == 0 else reversed(done):
-            done[engine] += in_own_process(f"bench.flesd.{engine}({ROUNDS})")[1:]
-    ratios = [mine / bound for mine, bound in zip(done["ours"], done["parts"], strict=True)]
-    done["plain"] = in_own_process(f"bench.flesd.plain({PLAIN_ROUNDS})")[1:]
+            done[engine].append(in_own_process(f"bench.flesd.{engine}({ROUNDS})")[1:])
+    ratios = by_sitting(done["ours"], done["parts"])
+    done["plain"] = [in_own_process(f"bench.flesd.plain({PLAIN_ROUNDS})")[1:]]
     figures: dict[str, Any] = {
         "unit": "seconds per round",
         "cores": CORES,
         "sittings": SITTINGS,
         "rounds": done,
-        "medians": {engine: median_interval(seconds)[0] for engine, seconds in done.items()},
+        "medians": {engine: float(np.median(seconds)) for engine, seconds in done.items()},
     }
     return figures, [judge("flesd.round", ratios, LIMIT, "lower")]

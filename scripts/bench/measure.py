@@ -44,6 +44,11 @@ def judge(name: str, values: Sequence[float], bar: float, better: Literal["lower
     return Bar(name=name, ratio=ratio, ci=(low, high), bar=bar, better=better, holds=holds)
 
 
+def by_sitting(numerator: Sequence[Sequence[float]], denominator: Sequence[Sequence[float]]) -> list[float]:
+    """One ratio, of medians, a pair of sittings: rounds of one process are alike, they do not count as many."""
+    return [float(np.median(a) / np.median(b)) for a, b in zip(numerator, denominator, strict=True)]
+
+
 Result = tuple[dict[str, Any], list[Bar]]  # figures, bars
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.measure import Bar, Result, judge, median_interval
+from bench.measure import Bar, Result, by_sitting, judge, median_interval
 from bench.round_task import COHORT, NUM_CLIENTS, Task
 
 from fedssl.seeding import numpy_generator
 
 HERE = Path(__file__).parent
-SITTINGS = 3  # each engine starts once in each, in alternating order
-TIMED = 6  # rounds of a sitting after the first
+SITTINGS = 15  # each engine that a bar compares starts once in each, in alternating order
+EVERY = 5  # the others start in each fifth
+TIMED = 4  # rounds of a sitting after the first
+OWN_COHORTS = ("flower_100", "flower_stock")  # so their weights are others
 LIMIT_S = 600  # for an engine's sitting
 BARS = {"round.bound": 1.10, "round.flower": 2.0, "round.pfl": 1.0, "round.first_s": 5.0}
 TOLERANCE = 1e-5  # of weights after the first round: engines differ in the order of their sums
@@ -40,7 +42,7 @@ def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             launcher = torchrun if engine != "pfl_1" and peer == "pfl" else []
             found[engine] = [str(home / "bin" / "python"), *launcher, script, engine]
-    for engine in ("flower_1000", "ours_in_process", "flower_100"):
+    for engine in ("flower_1000", "ours_in_process", "flower_100", "flower_stock"):
         found[engine] = [*ours, engine]
     return found, missing
 
@@ -81,7 +83,7 @@ def differences(folder: Path, engines: Sequence[str]) -> dict[str, float]:
     found = {
         engine: float(np.abs(np.load(folder / f"weights_{engine}.npy") - expected).max())
         for engine in engines
-        if engine != "flower_100"  # 100 clients are other clients
+        if engine not in OWN_COHORTS
     }
     if wrong := {engine: value for engine, value in found.items() if not value < TOLERANCE}:
         raise RuntimeError(f"these engines learned other weights than the plain loops: {wrong}")
@@ -89,7 +91,7 @@ def differences(folder: Path, engines: Sequence[str]) -> dict[str, float]:
 
 
 def round() -> Result:
-    """Sittings of all engines, each alone, forwards and backwards in turn."""
+    """Sittings of the engines, each alone, forwards and backwards in turn."""
     processes = len(os.sched_getaffinity(0))
     found, missing = commands(processes)
     sittings: dict[str, list[dict[str, Any]]] = {engine: [] for engine in found}
@@ -99,17 +101,15 @@ def round() -> Result:
             numpy_generator(0, "cohort", r).choice(NUM_CLIENTS, COHORT, replace=False) for r in range(1, TIMED + 2)
         ]
         Task.write(folder, np.sort(draws, axis=1))  # those that our server draws
+        compared = {"plain", "ours_ray", "flower_1000", f"pfl_{processes}"}
         for sitting in range(SITTINGS):
-            for engine in list(found) if sitting % 2 == 0 else reversed(found):
+            engines = [engine for engine in found if engine in compared or sitting % EVERY == 0]
+            for engine in engines if sitting % 2 == 0 else reversed(engines):
                 sittings[engine].append(sit(engine, found[engine], folder, processes))
         off = differences(folder, list(found))
 
     def pairs(numerator: str, denominator: str) -> list[float]:
-        return [
-            a / b
-            for one, other in zip(sittings[numerator], sittings[denominator], strict=True)
-            for a, b in zip(one["seconds"][1:], other["seconds"][1:], strict=True)
-        ]
+        return by_sitting(*([one["seconds"][1:] for one in sittings[engine]] for engine in (numerator, denominator)))
 
     bars = [
         judge("round.bound", pairs("ours_ray", "plain"), BARS["round.bound"], "lower"),
@@ -130,9 +130,12 @@ def round() -> Result:
 
 
 def rows(sittings: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Of each engine: its median round after the first with interval, and every sitting as it was reported."""
+    """Of each engine: its median round after the first with interval, when its first round has ended at the median
+    (seconds from its start; some load the clients' side in that round, some before), and every sitting as reported.
+    """
     table = {}
     for engine, reports in sittings.items():
-        median, interval = median_interval([s for one in reports for s in one["seconds"][1:]])
-        table[engine] = {"seconds": median, "ci": interval, "sittings": list(reports)}
+        median, interval = median_interval([float(np.median(one["seconds"][1:])) for one in reports])
+        first_ends = float(np.median([one["start_s"] + one["seconds"][0] for one in reports]))
+        table[engine] = {"seconds": median, "ci": interval, "first_ends_s": first_ends, "sittings": list(reports)}
     return table

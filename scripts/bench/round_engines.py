@@ -5,7 +5,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from bench.measure import ray_settings
 from bench.round_task import CNN, COHORT, NUM_CLIENTS, NUM_IMAGES, NUM_PARAMETERS, Clock, Task, arguments
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 from torch import Tensor, nn
 
 from fedssl.config import compose, instantiate
@@ -120,7 +122,7 @@ def client_app(folder: Path) -> ClientApp:
 
 
 def server(task: Task, num_clients: int) -> Server:
-    """Ours, with a public set of four images for its trial of every upload, and no method: nothing here is SSL."""
+    """Ours, with a public set of four images for its trial of each mean, and no method: nothing here is SSL."""
     pixels = np.random.default_rng(0).integers(256, size=(4, 3, 32, 32), dtype=np.uint8)
     images = ImageSet(pixels=pixels, indices=np.arange(4), labels=None, classes=(), name="noise")
     devices = instantiate(compose([])["federation"]["devices"])  # nobody is slow or away
@@ -178,12 +180,69 @@ def _flower(given: Namespace) -> FlowerSim:
     return FlowerSim(workers=given.processes, clients_per_gpu=1, gpus=0, max_retries=2)
 
 
+# --- Flower as its tutorials have it ---------------------------------------------------------------------------------
+def stock_client_app(folder: Path) -> ClientApp:
+    """The model's weights as Flower's own record, no header; data and model stay with the worker, as in ours."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        task, model = _kept(folder)
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        loss = task.train(model, int(cast(int, context.node_config["partition-id"])))
+        metrics = MetricRecord({"loss": loss, "num-examples": NUM_IMAGES})
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+@cache
+def _kept(folder: Path) -> tuple[Task, CNN]:
+    task = Task(folder)
+    return task, task.model()
+
+
+def flower_stock(given: Namespace) -> None:
+    """Flower's engine under its own FedAvg, which checks nothing; its cohorts are others, it draws them itself."""
+    from flwr.simulation import run_simulation
+
+    app = ServerApp()
+    clocks: list[Clock] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        def evaluate(round_num: int, arrays: ArrayRecord) -> None:
+            if round_num == 0:
+                clocks.append(Clock(given))
+            else:
+                weights = arrays.to_torch_state_dict()
+                clocks[0].lap(lambda: torch.cat([value.flatten() for value in weights.values()]))
+
+        strategy = FlowersFedAvg(
+            fraction_train=COHORT / NUM_CLIENTS, fraction_evaluate=0.0, min_available_nodes=NUM_CLIENTS
+        )
+        initial = ArrayRecord(Task(given.folder).model().state_dict())
+        strategy.start(grid, initial, num_rounds=given.rounds, evaluate_fn=evaluate)
+
+    run_simulation(
+        server_app=app,
+        client_app=stock_client_app(given.folder),
+        num_supernodes=NUM_CLIENTS,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"address": "local", "num_cpus": given.processes, "include_dashboard": False},
+        },
+    )
+    clocks[0].report()
+
+
 ENGINES: dict[str, Callable[[Namespace], None]] = {
     "plain": plain,
     "ours_in_process": lambda given: on_a_grid(given, InProcess()),
     "ours_ray": lambda given: on_a_grid(given, ray_settings(given.processes)),
     "flower_100": lambda given: on_a_grid(given, _flower(given), num_clients=100),
     "flower_1000": lambda given: on_a_grid(given, _flower(given)),
+    "flower_stock": flower_stock,
 }
 
 

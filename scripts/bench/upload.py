@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from bench.measure import Result, in_own_process, judge, median_interval, ray_settings
+from bench.measure import Result, by_sitting, in_own_process, judge, ray_settings
 from bench.memory import Peak, private_bytes
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,8 +18,8 @@ from fedssl.environment import keep_memory
 CLIENTS = 8
 SIDE = 5_000  # of a similarity matrix in fp16: 50 MB
 UPLOAD_BYTES = 2 * SIDE**2
-SITTINGS = 3  # of each engine, in turn
-ROUNDS = 6  # of a sitting; the first, which starts the workers, does not count
+SITTINGS = 15  # of each engine, in turn
+ROUNDS = 3  # of a sitting; the first, which starts the workers, does not count
 LIMITS = {"flower": 1.5, "extra_uploads": 2.0}
 ENGINES = ("ours", "flower")
 
@@ -63,10 +63,13 @@ def sums(replies: Iterable[Message], read: Callable[[Array], np.ndarray]) -> np.
 
 
 def rounds(grid: Grid, read: Callable[[Array], np.ndarray]) -> list[dict[str, float]]:
-    """Seconds of each round from sending to the sum, and the private memory it took at most beyond that sum."""
+    """Seconds of each round from sending to the sum, and the private memory beyond that sum and the start's, at most.
+
+    The start's is that before the first round: what a round frees, its sum or copies of uploads, a process may keep.
+    """
+    before = private_bytes()
     done = []
     for _ in range(ROUNDS):
-        before = private_bytes()
         peak = Peak()
         peak.start()
         started = time.perf_counter()
@@ -76,7 +79,7 @@ def rounds(grid: Grid, read: Callable[[Array], np.ndarray]) -> list[dict[str, fl
         seconds = time.perf_counter() - started
         extra = peak.stop() - before - total.nbytes
         assert np.isclose(total[0, 0], CLIENTS * float(matrix()[0, 0]), rtol=1e-3)
-        done.append({"seconds": seconds, "extra_uploads": max(0.0, extra / UPLOAD_BYTES)})
+        done.append({"seconds": seconds, "extra_uploads": extra / UPLOAD_BYTES})
     return done
 
 
@@ -118,26 +121,28 @@ def flower() -> list[dict[str, float]]:
 
 
 def upload() -> Result:
-    """Sittings in turn, each engine first as often as it can be; round i of a sitting is paired with the other's."""
-    done: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+    """Sittings in turn, each engine first as often as it can be, each paired with the other's."""
+    done: dict[str, list[list[dict[str, float]]]] = {engine: [] for engine in ENGINES}
     for i in range(SITTINGS):
         for engine in ENGINES if i % 2 == 0 else reversed(ENGINES):
-            done[engine] += in_own_process(f"bench.upload.{engine}()")[1:]
-    pairs = list(zip(done["flower"], done["ours"], strict=True))
-    ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]
+            done[engine].append(in_own_process(f"bench.upload.{engine}()")[1:])
+
+    def each(engine: str, figure: str) -> list[list[float]]:
+        return [[one[figure] for one in sitting] for sitting in done[engine]]
+
+    ratios = by_sitting(each("flower", "seconds"), each("ours", "seconds"))
+    extra = [max(sitting) for sitting in each("ours", "extra_uploads")]
     figures: dict[str, Any] = {
         "unit": "seconds per round",
         "clients": CLIENTS,
         "upload_mb": UPLOAD_BYTES / 1e6,
         "sittings": SITTINGS,
         "rounds": done,
-        "medians": {engine: median_interval([one["seconds"] for one in rows])[0] for engine, rows in done.items()},
-        "extra_uploads": {
-            engine: median_interval([one["extra_uploads"] for one in rows])[0] for engine, rows in done.items()
-        },
+        "medians": {engine: float(np.median(each(engine, "seconds"))) for engine in ENGINES},
+        "extra_uploads": {engine: float(np.median(each(engine, "extra_uploads"))) for engine in ENGINES},
     }
     bars = [
         judge("upload.flower", ratios, LIMITS["flower"], "higher"),
-        judge("upload.extra_uploads", [one["extra_uploads"] for one in done["ours"]], LIMITS["extra_uploads"], "lower"),
+        judge("upload.extra_uploads", extra, LIMITS["extra_uploads"], "lower"),
     ]
     return figures, bars
