@@ -994,13 +994,35 @@ def test_a_signal_ends_the_part_that_runs(tiny: Path, number: signal.Signals) ->
     assert not Path(f"/proc/{child}").exists()
     result = json.loads((tiny.parent / "o" / "rows.json").read_text())["reproduce-endless-cpu.json"]
     assert (result["measured"], result["runs"][0]["status"]) == (None, "stopped")
+    [part] = json.loads((tiny.parent / "o" / "acceptance.json").read_text())["parts"]
+    assert (part["name"], part["code"], part["interrupted"]) == ("row endless", None, True)
+
+
+def test_a_part_ends_with_a_sitting_that_is_killed(tmp_path: Path) -> None:
+    """And what it has done until then was looked at."""
+    code = (
+        "import sys, time; from pathlib import Path; from bench import gpu_acceptance as ga; ga.REFRESH = 0.1;"
+        "ga.run('sleeper', [sys.executable, '-c', 'import time; time.sleep(600)'], 600, Path(sys.argv[1]),"
+        " lambda: print('looked', flush=True))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as sitting:
+        assert sitting.stdout is not None
+        assert sitting.stdout.readline() == sitting.stdout.readline() == "looked\n"
+        [child] = children(sitting.pid)
+        sitting.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_gpu_tests_run_once_with_the_same_code(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     ends: list[tuple[int | None, bool]] = [(None, True), (1, False), (0, False)]
 
-    def run(name: str, command: Any, limit: float, log: Path) -> gpu_acceptance.Part:
+    def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
         ran.append(name)
         code, interrupted = ends[len(ran) - 1]
         return gpu_acceptance.Part(
@@ -1034,7 +1056,7 @@ def test_a_benchmark_that_is_too_long_starves_no_other(
     clock = [1000.0]
     ran: list[str] = []
 
-    def run(name: str, command: Any, limit: float, log: Path) -> gpu_acceptance.Part:
+    def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
         ran.append(name.removeprefix("benchmark "))
         needs = 300.0 if ran[-1] == "views" else 10.0
         clock[0] += min(needs, limit)
@@ -1133,3 +1155,27 @@ def test_unknown_parts_and_rows_end_with_2(tiny: Path, capsys: pytest.CaptureFix
     arguments = ["--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w"), "--rows", str(tiny)]
     assert gpu_acceptance.main([*arguments, "--names", "nothing"]) == 2
     assert "there is no row 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        gpu_acceptance.main([*arguments, "--benchmarks", "fun,train"])
+    assert ended.value.code == 2
+    assert "--benchmarks has fun; there are " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"reproduce-'])
+def test_what_a_sitting_did_not_leave_is_named(content: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.parent / "o" / "rows.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    arguments = ["--out", str(path.parent), "--work", str(tiny.parent / "w"), "--rows", str(tiny), "--parts", "rows"]
+    assert gpu_acceptance.main(arguments) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = str(tiny / "w")  # below a file
+    assert gpu_acceptance.main(["--out", str(tiny.parent / "o"), "--work", work, "--rows", str(tiny)]) == 2
+    assert "name another one with --work" in capsys.readouterr().err
+    assert reproduce.main(["alone", "--cpu", "--rows", str(tiny), "--work", work]) == 2
+    assert "name another one with --work" in capsys.readouterr().err
+    assert reproduce.main(["alone", "--cpu", "--rows", str(tiny), "-o", str(tiny.parent)]) == 2
+    assert "is a folder; name the file" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from fedssl.federation.setup import Setup
 from fedssl.federation.store import ClientStore
 from fedssl.lock import NAME as LOCK
 from fedssl.report import compare
+from fedssl.tracking import Progress
 from tests.federation_helpers import (
     FAMILIES,
     ON_RAY,
@@ -111,6 +112,13 @@ def test_rows_and_summary_tell_the_same_story(flesd: Path) -> None:
     phases = next(row["metrics"] for row in seconds if row["scope"] == "server")
     parts = sum(phases[f"seconds_{phase}"] for phase in ("clients", "aggregation", "evaluation"))
     assert 0 < parts <= phases["seconds"] <= summary["wall_seconds"]
+
+
+def test_a_rounds_line_shows_accuracies_of_that_round_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    monkeypatch.setattr(Progress, "round_finished", lambda self, round_num, line: lines.append(dict(line)))
+    fedssl.run(small(tmp_path / "run", "strategy=fedavg", "evaluate.every=2"))
+    assert ["knn_top1" in line for line in lines] == [False, True]
 
 
 def test_the_map_shows_public_images_before_and_after_training(flesd: Path) -> None:

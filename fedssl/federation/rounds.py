@@ -319,10 +319,11 @@ class Rounds:
             self.progress.phase("evaluating")
             evaluating = time.monotonic()
             evaluation, global_model = state.progressed.evaluation, state.progressed.global_model
+            new_evaluation: dict[str, dict[str, float]] = {}
             client_metrics: dict[int, dict[str, float]] = {}
             if round_num % self.setup.evaluation.every == 0 or round_num == self.setup.federation.num_rounds:
-                evaluation, client_metrics = self._evaluate(round_num, state.arrays, unevaluated)
-                global_model = not client_metrics
+                new_evaluation, client_metrics = self._evaluate(round_num, state.arrays, unevaluated)
+                evaluation, global_model = new_evaluation, not client_metrics
             seconds["seconds_evaluation"] = time.monotonic() - evaluating
         finally:  # a round that ends the run has this row, too
             self._write_round_row(round_num, gathered, unevaluated)
@@ -336,7 +337,7 @@ class Rounds:
             **seconds,
         }
         state = self._keep(state, round_num, gathered, evaluation, global_model, server_row)
-        self.progress.round_finished(round_num, self._line(len(messages), gathered, server_row, evaluation))
+        self.progress.round_finished(round_num, self._line(len(messages), gathered, server_row, new_evaluation))
         return state
 
     # --- its parts ---

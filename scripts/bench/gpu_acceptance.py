@@ -37,7 +37,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from typing import Any
 from bench import rows
 from bench.rows import load_table, read_results
 
+from fedssl.errors import ConfigError
 from fedssl.lock import held
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -54,6 +55,7 @@ SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left; 
 STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
 INTERRUPTED = 130
+REFRESH = 10.0  # seconds after which --out is written again while a part runs: whatever ends this process, it is there
 MORE = 1.1  # times the seconds that were not enough are worth another try
 GRACE = 10.0  # seconds in which an interrupted part may write what it has
 NEEDED = {  # module -> package, for whom
@@ -152,17 +154,32 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def run(name: str, command: Sequence[str], limit: float, log: Path) -> Part:
-    """One process; at its limit it is interrupted, so that it can write what it has, and then killed."""
+DIES_WITH_US = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+"""PR_SET_PDEATHSIG of prctl(2): a part that outlives a killed sitting would hold its row, and the GPU."""
+
+
+def run(
+    name: str, command: Sequence[str], limit: float, log: Path, meanwhile: Callable[[], None] = lambda: None
+) -> Part:
+    """One process; at its limit it is interrupted, so that it can write what it has, and then killed.
+
+    Args:
+        name: of the part.
+        command: what runs.
+        limit: seconds.
+        log: where its output goes.
+        meanwhile: called every `REFRESH` seconds.
+    """
     started = time.monotonic()
+    bound = [sys.executable, "-c", DIES_WITH_US, *command] if sys.platform == "linux" else command
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=rows.ROOT, env=_environment()
+            bound, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=rows.ROOT, env=_environment()
         )
         code: int | None = None
         interrupted = False
         try:
-            code = process.wait(max(1.0, limit - LAST))
+            code = _ended(process, started + max(1.0, limit - LAST), meanwhile)
         except subprocess.TimeoutExpired:
             interrupted = True
             _signal(process, signal.SIGINT)
@@ -179,6 +196,16 @@ def run(name: str, command: Sequence[str], limit: float, log: Path) -> Part:
     tail = log.read_text(errors="replace")[-TAIL:]
     seconds = time.monotonic() - started
     return Part(name=name, command=list(command), code=code, interrupted=interrupted, seconds=seconds, tail=tail)
+
+
+def _ended(process: "subprocess.Popen[bytes]", deadline: float, meanwhile: Callable[[], None]) -> int:
+    while True:
+        try:
+            return process.wait(max(0.0, min(REFRESH, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline:
+                raise
+            meanwhile()
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
@@ -238,12 +265,10 @@ class Acceptance:
     def bring_back(self) -> None:
         """What an earlier sitting left in --out is kept where --work is gone, and not measured again."""
         for name, ending in (("rows", ""), ("benchmarks", ".json")):
-            path = self.args.out / f"{name}.json"
-            for stem, result in (json.loads(path.read_text()) if path.is_file() else {}).items():
+            for stem, result in _left(self.args.out / f"{name}.json").items():
                 if not (kept := self.results / f"{stem}{ending}").exists():
                     _write(kept, json.dumps(result, indent=2))
-        path = self.args.out / "acceptance.json"
-        noted = json.loads(path.read_text()) if path.is_file() else {}
+        noted = _left(self.args.out / "acceptance.json")
         for name in ("tests", "futile"):
             if noted.get(name) and not (kept := self.results / f"{name}.json").exists():
                 _write(kept, json.dumps(noted[name], indent=2))
@@ -329,7 +354,15 @@ class Acceptance:
         """One process, noted; its output."""
         print(f"{name}: at most {limit:.0f} s of {self.left:.0f} s left", flush=True)
         log = self.args.work / f"{name.replace(' ', '-')}.log"
-        part = run(name, command, limit, log)
+        started = time.monotonic()
+        try:
+            part = run(name, command, limit, log, self.write)
+        except KeyboardInterrupt:
+            seconds, tail = time.monotonic() - started, log.read_text(errors="replace")[-TAIL:]
+            self.parts.append(
+                Part(name=name, command=list(command), code=None, interrupted=True, seconds=seconds, tail=tail)
+            )
+            raise
         self.parts.append(part)
         why = "" if part.went_well else f", {(part.tail.strip().splitlines() or ['no output'])[-1]}"
         print(f"{name}: exit code {part.code}{' at its limit' if part.interrupted else ''}{why}", flush=True)
@@ -362,6 +395,14 @@ class Acceptance:
         _write(out / "log.txt", text[-MAX_LOG // 4 :])  # a character has at most 4 bytes
 
 
+def _left(path: Path) -> dict[str, Any]:
+    """What an earlier sitting wrote there, if anything."""
+    found = rows.read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold a mapping, as gpu_acceptance writes it. Delete it, or bring it back.")
+    return found
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text + "\n")
@@ -389,6 +430,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.parts = args.parts.split(",")
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"--parts has {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    there = sorted(path.stem for path in (SCRIPTS / "bench").glob("*.py"))
+    if unknown := set(args.benchmarks.split(",") if args.benchmarks else ()) - set(there):
+        parser.error(f"--benchmarks has {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     if not args.seconds > 0:
         parser.error(f"--seconds must be above 0, got {args.seconds}")
     return args
@@ -398,8 +442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     args = parse(argv)
     try:
-        for folder in (args.out, args.work):
-            folder.mkdir(parents=True, exist_ok=True)
+        for option, folder in (("--out", args.out), ("--work", args.work)):
+            rows.make_folder(folder, option)
         out = args.out.resolve()
         advice = "wait until it has ended, or name another folder"
         with (

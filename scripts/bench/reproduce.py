@@ -543,9 +543,11 @@ def _measure(args: argparse.Namespace, table: Table) -> int:
                 f"torch sees no GPU here, and {row.name} would take days without: add --cpu for its shrunken version"
             )
     work = args.work / (row.name + ("-cpu" if args.cpu else ""))
-    work.mkdir(parents=True, exist_ok=True)
     output = args.output or rows.RESULTS / row.file(args.cpu)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    for option, folder in (("--work", work), ("-o", output.parent)):
+        rows.make_folder(folder, option)
+    if output.is_dir():
+        raise ConfigError(f"-o {output} is a folder; name the file that the result is written to")
     with (
         held(work, str(work), "wait until it has ended, or name another folder with --work"),
         held(

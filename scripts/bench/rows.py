@@ -143,6 +143,20 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"cannot read {path}: {error}. Delete it, or bring it back.") from error
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """With all above it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {folder} ({error.strerror}); name another one with {option}"
+        ) from error
+
+
 def checked(result: Any, where: str) -> dict[str, Any]:
     """The result, if it has what the table needs.
 
