@@ -65,12 +65,14 @@ def main() -> int:
     keep_memory()
     os.environ["OMP_NUM_THREADS"] = "1"
     before = hardware()  # the load, too, is the one before our own
+    from bench.measure import nvidia_smi
+
     figures, bars = getattr(importlib.import_module(f"bench.{name}"), name)()
     result = {
         "name": name,
         "figures": figures,
         "bars": [asdict(bar) for bar in bars],
-        "hardware": before,
+        "hardware": {**before, "gpu": nvidia_smi("name")},
         "commit": commit(),
     }
     print(json.dumps(result, indent=2))

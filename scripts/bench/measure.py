@@ -1,6 +1,7 @@
 """What every benchmark returns: figures, and bars with the 95 % interval of their median."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from fedssl.config import compose, instantiate
 
@@ -50,6 +52,22 @@ def by_sitting(numerator: Sequence[Sequence[float]], denominator: Sequence[Seque
 
 
 Result = tuple[dict[str, Any], list[Bar]]  # figures, bars
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given: it works on while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def nvidia_smi(field: str) -> str | None:
+    """What the driver says of the GPU that torch sees first; None where there is none to ask."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def ray_settings(workers: int | None = None) -> Any:

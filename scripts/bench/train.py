@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.measure import Bar, Result, judge, median_interval
+from bench.measure import Bar, Result, judge, median_interval, wait
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ class Epoch:
     def ours(self) -> float:
         """Seconds of `fedssl.train.train`, of which a client's local training consists."""
         model = copy.deepcopy(self.model).to(self.device)  # as a worker keeps it there
-        _wait(self.device)
+        wait(self.device)
         started = time.perf_counter()
         training.train(
             model,
@@ -65,7 +65,7 @@ class Epoch:
             compile_mode=self.compile_mode,
             cuda_graphs=self.cuda_graphs,
         )
-        _wait(self.device)
+        wait(self.device)
         return time.perf_counter() - started
 
     def bare(self) -> float:
@@ -74,7 +74,7 @@ class Epoch:
         optimiser, _ = self.optimisation.build(model.parameters(), total_steps=1, round_num=1, num_rounds=1)
         state = self.method.new_state(model).to(self.device)
         x1, x2 = (self._random() for _ in range(2))
-        _wait(self.device)
+        wait(self.device)
         started = time.perf_counter()
         for _ in range(len(self.images) // self.batch_size):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -83,17 +83,12 @@ class Epoch:
             optimiser.step()
             optimiser.zero_grad()
         loss.item()
-        _wait(self.device)
+        wait(self.device)
         return time.perf_counter() - started
 
     def _random(self) -> Tensor:
         x = torch.randn(self.batch_size, 3, SIZE, SIZE, device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def operations(model: Model) -> float:
@@ -110,11 +105,11 @@ def peak_gflop_per_s(device: torch.device) -> float | None:
     a, b = torch.randn(2, PEAK, PEAK, device=device, dtype=torch.bfloat16)
     seconds = []
     for _ in range(UNTIMED + PAIRS):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         for _ in range(10):
             a @ b
-        _wait(device)
+        wait(device)
         seconds.append((time.perf_counter() - started) / 10)
     return 2 * PEAK**3 / median_interval(seconds[UNTIMED:])[0] / 1e9
 

@@ -1,19 +1,23 @@
-"""SimCLR views of a batch, against torchvision's per image and against PIL's in a DataLoader with two workers."""
+"""SimCLR views of a batch, against torchvision's per image and against PIL's in a DataLoader with two workers.
+
+On a GPU, too, where there is one: there against torchvision's of the whole batch.
+"""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-from bench.measure import Result, judge, median_interval
+from bench.measure import Result, judge, median_interval, wait
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from fedssl.config import compose, instantiate
+from fedssl.cuda_graph import WORTH, Replayed, can_record
 from fedssl.data.views import ColourViews
 
 BATCH, SIZE = 256, 32
@@ -24,20 +28,35 @@ UNTIMED = 2  # pairs before them
 AT_LEAST_S = 0.1  # a repetition: a batch of ours ends within milliseconds, so some are timed together
 WORKERS = 2
 EPOCH = 8  # batches a repetition of a DataLoader
+ON_A_GPU = (256, 1024)  # images a batch
+CPU = torch.device("cpu")
 
 Batch = Callable[[], Tensor]
 
 
-def pixels() -> Tensor:
+def pixels(count: int = BATCH) -> Tensor:
     """Noise: what the pixels are costs nothing, here and in torchvision."""
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (BATCH, 3, SIZE, SIZE), dtype=np.uint8))
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8))
 
 
-def ours(colour: str) -> Batch:
+def ours(colour: str, count: int = BATCH, device: torch.device = CPU) -> Batch:
     """What `views.colour=<colour>` names."""
     views = instantiate(compose([*SETTINGS, f"views.colour={colour}"])["views"])
-    images, rng = pixels(), torch.Generator().manual_seed(0)
+    images, rng = pixels(count).to(device), torch.Generator(device).manual_seed(0)
     return lambda: cast(Tensor, views(images, rng))
+
+
+def replayed(colour: str, count: int, device: torch.device) -> Batch:
+    """The same as a training takes them on a GPU by default: picked by position, recorded once and replayed."""
+    views = instantiate(compose([*SETTINGS, f"views.colour={colour}"])["views"])
+    images, rng = pixels(count).to(device), torch.Generator(device).manual_seed(0)
+    rows = torch.arange(count, device=device)
+    steps = Replayed(steps={count: WORTH} if can_record(device) else {}, networks=(), generators=(rng,))
+
+    def take(rows: Tensor) -> dict[str, Tensor]:
+        return {"first": views(images[rows], rng)[:1]}  # what is returned is copied, and a training copies no views
+
+    return lambda: steps(take, rows)["first"]
 
 
 def torchvision_views(*, floats_first: bool) -> v2.Compose:
@@ -63,6 +82,12 @@ def torchvision_batch(*, floats_first: bool) -> Batch:
     return lambda: torch.stack([transform(image) for image in images])
 
 
+def torchvision_one_draw(count: int, device: torch.device) -> Batch:
+    """The whole batch at once: the same box and colours for all its images, so less than a training needs."""
+    transform, images = torchvision_views(floats_first=True), pixels(count).to(device)
+    return lambda: cast(Tensor, transform(images))
+
+
 class Images(Dataset[Tensor]):
     """An epoch of views, one at a time."""
 
@@ -78,14 +103,16 @@ class Images(Dataset[Tensor]):
         return cast(Tensor, self.transform(self.images[index % BATCH]))
 
 
-def seconds(batch: Batch) -> float:
+def seconds(batch: Batch, device: torch.device = CPU) -> float:
     """Per batch."""
+    wait(device)
     started = time.perf_counter()
     count = 0
-    while (elapsed := time.perf_counter() - started) < AT_LEAST_S:
-        assert batch().shape == (BATCH, 3, SIZE, SIZE)
+    while time.perf_counter() - started < AT_LEAST_S:
+        assert batch().shape[1:] == (3, SIZE, SIZE)
         count += 1
-    return elapsed / count
+    wait(device)
+    return (time.perf_counter() - started) / count
 
 
 def loader_seconds(loader: DataLoader[Tensor]) -> float:
@@ -110,8 +137,22 @@ def ratios(times: Mapping[str, list[float]], peer: str) -> dict[str, list[float]
     return {name: [b / a for a, b in zip(times[name], times[peer], strict=True)] for name in LIMITS}
 
 
+def on_device(device: torch.device, counts: Sequence[int] = ON_A_GPU) -> dict[str, Any]:
+    """Million views per second, by images a batch."""
+    rates = {}
+    for count in counts:
+        ways = {"torchvision_one_draw": torchvision_one_draw(count, device)}
+        for colour in LIMITS:
+            ways |= {colour: ours(colour, count, device), f"{colour}_replayed": replayed(colour, count, device)}
+        times = interleaved({name: partial(seconds, batch, device) for name, batch in ways.items()})
+        rates[str(count)] = {
+            name: median_interval([count / second / 1e6 for second in values]) for name, values in times.items()
+        }
+    return {"unit": "million views per second", "rates": rates}
+
+
 def views() -> Result:
-    """In this process on one thread; then on two, against two workers."""
+    """In this process on one thread; then on two, against two workers; then on the GPU, without a bar."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     batches = {name: ours(name) for name in LIMITS}
@@ -147,6 +188,8 @@ def views() -> Result:
             peer: {name: median_interval(values) for name, values in r.items()} for peer, r in times_faster.items()
         },
     }
+    if torch.cuda.is_available():  # the DataLoaders' workers have been forked
+        figures["gpu"] = on_device(torch.device("cuda"))
     bars = [
         judge(f"views.{name}", times_faster["torchvision"][name], limit, "higher") for name, limit in LIMITS.items()
     ]
