@@ -1,5 +1,7 @@
 """`scripts/benchmark.py`: what measures a GPU, and runs on the CPU as well."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,9 +11,50 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
-from bench import views  # noqa: E402
+from bench import packed, views  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_clients_at_once_are_counted_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAD_S", 0.1)
+    monkeypatch.setattr(packed, "WINDOW_S", 0.5)
+    training = packed.Training(steps=5, batch_size=8, epochs=2)  # enough to be replayed
+    [(family, summary)] = packed.together(["conv4_16"], (1, 2), torch.device(name), training).items()
+    assert family == "conv4_16"
+    assert [row["clients"] for row in summary["rows"]] == [1, 2]
+    assert all(row["images_per_s"] > 0 for row in summary["rows"])
+    assert summary["rows"][0]["gain"] == 1
+
+
+def test_a_client_that_fails_ends_the_measurement() -> None:
+    with pytest.raises(KeyError, match="no_such_family"):
+        packed.together(["no_such_family"], (1,), torch.device("cpu"), packed.Training())
+
+
+@pytest.mark.parametrize(("text", "percent"), [("93", 93.0), ("[N/A]", None), (None, None)])
+def test_utilisation_is_none_where_nobody_says(
+    text: str | None, percent: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "nvidia_smi", lambda field: text)
+    assert packed.utilisation() == percent
+
+
+@pytest.mark.parametrize(
+    ("readings", "busy_from"), [((40.0, 90.0, 99.0), 2), ((40.0, 60.0, 89.0), None), ((None,), None)]
+)
+def test_a_gpu_is_busy_from_90_percent(readings: tuple[float | None, ...], busy_from: int | None) -> None:
+    rows = [{"clients": i + 1, "images_per_s": 10.0 + i, "utilisation": reading} for i, reading in enumerate(readings)]
+    assert packed._summary(rows)["busy_from"] == busy_from
+
+
+def test_packed_needs_a_gpu() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "packed"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the benchmark packed measures how clients share a GPU, and torch sees none here.\n"
 
 
 @pytest.mark.parametrize("name", DEVICES)

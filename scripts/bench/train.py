@@ -43,6 +43,7 @@ class Epoch:
     amp: bool
     compile_mode: str | None = None
     cuda_graphs: bool = False
+    epochs: int = 1  # of ours
 
     def ours(self) -> float:
         """Seconds of `fedssl.train.train`, of which a client's local training consists."""
@@ -56,7 +57,7 @@ class Epoch:
             views=self.views,
             optimisation=self.optimisation,
             batch_size=self.batch_size,
-            epochs=1,
+            epochs=self.epochs,
             seed=0,
             round_num=1,
             num_rounds=1,
@@ -114,14 +115,18 @@ def peak_gflop_per_s(device: torch.device) -> float | None:
     return 2 * PEAK**3 / median_interval(seconds[UNTIMED:])[0] / 1e9
 
 
-def epoch(family: str, device: torch.device) -> tuple[Epoch, float]:
-    """A client's epoch of `family` with the default configuration, and `operations`."""
+def epoch(family: str, device: torch.device, sizes: tuple[int, int] | None = None) -> tuple[Epoch, float]:
+    """A client's epoch of `family` with the default configuration, and `operations`.
+
+    Args:
+        sizes: steps and images a step; None: what suits the device and the family.
+    """
     config = compose(["data=cifar10"])
     backbone = instantiate(config["models"][family])
     model = Model(backbone, instantiate(config["projector"], in_dim=feature_dim(backbone, SIZE)))
     calibrate_batch_norm(model, torch.randn(16, 3, SIZE, SIZE))  # as after a first round
     cost = operations(model)
-    steps, batch_size = ON_A_GPU if device.type == "cuda" else EPOCHS[cost >= LARGE]
+    steps, batch_size = sizes or (ON_A_GPU if device.type == "cuda" else EPOCHS[cost >= LARGE])
     pixels = np.random.default_rng(0).integers(0, 256, (steps * batch_size, 3, SIZE, SIZE), dtype=np.uint8)
     one = Epoch(
         model=model,
