@@ -265,12 +265,12 @@ class Orchestra(PerFamily):
         self.momentum = momentum
         self.steps = steps
 
-    def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
+    def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> dict[str, float]:
         """The family's weights but for the global centroids, and `num_local` unit vectors beside them."""
         expected: ArrayRecord = family_arrays(self.arrays, family)
         dim = expected[f"{family}/{GLOBAL}"].shape[1]
         del expected[f"{family}/{GLOBAL}"]
-        check_weights({name: value for name, value in arrays.items() if name != LOCAL}, expected, family)
+        largest = check_weights({name: value for name, value in arrays.items() if name != LOCAL}, expected, family)
         centroids = arrays.get(LOCAL, np.empty(0))
         if (str(centroids.dtype), centroids.shape) != ("float32", (self.num_local, dim)):
             raise PayloadError(
@@ -281,6 +281,7 @@ class Orchestra(PerFamily):
             raise PayloadError(
                 f"{LOCAL!r} must be unit vectors, got lengths {lengths.min():.3g} to {lengths.max():.3g}"
             )
+        return largest
 
     def state(self, upload: Upload) -> dict[str, Tensor]:
         """The model that a client sent, with the global centroids as they were broadcast."""

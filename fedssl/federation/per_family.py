@@ -53,9 +53,9 @@ class WeightUploads(GlobalModels):
         self.server.check_header(upload, self.round_num, "weights")
         if (family := upload.header.family) not in self.server.client_families:
             raise PayloadError(f"no client is of family {family!r}")
-        self.check_arrays(upload.arrays, family)
+        largest = self.check_arrays(upload.arrays, family)
         _ = upload.num_images  # refused unless it can be a share
-        if has_grown(largest_entries(upload.arrays), self._largest(family)):
+        if has_grown(largest, self._largest(family)):
             self.server.try_out(family, self.state(upload))
         self.checked[reply] = upload
         return upload
@@ -69,9 +69,9 @@ class WeightUploads(GlobalModels):
             known[family] = largest_entries(read_arrays(family_arrays(self.arrays, family)))
         return known[family]
 
-    def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> None:
-        """Raise `PayloadError` unless these are weights of `family`."""
-        check_weights(arrays, family_arrays(self.arrays, family), family)
+    def check_arrays(self, arrays: Mapping[str, np.ndarray], family: str) -> dict[str, float]:
+        """Raise `PayloadError` unless these are weights of `family`; returns their `largest_entries`."""
+        return check_weights(arrays, family_arrays(self.arrays, family), family)
 
     def check_merged(self, family: str, state: Mapping[str, Tensor]) -> None:
         """Raise `PayloadError` unless a network works with these weights of `family`, by parameter name.
