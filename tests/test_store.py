@@ -48,26 +48,29 @@ def test_strided_views_and_gradients_are_kept_by_value(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_pruning_keeps_what_any_later_base_can_read(tmp_path_factory: pytest.TempPathFactory, data: DataObject) -> None:
+def test_pruning_keeps_the_newest_and_what_a_base_reads(
+    tmp_path_factory: pytest.TempPathFactory, data: DataObject
+) -> None:
     store = ClientStore(tmp_path_factory.mktemp("store"))
     written = {partition: data.draw(st.sets(st.integers(1, 8)), f"rounds of {partition}") for partition in (0, 1)}
     for partition, rounds in written.items():
         for round_num in rounds:
             store.write(partition, round_num, memory(round_num))
-    base = data.draw(st.integers(0, 9), "base")
+    bases = data.draw(st.sets(st.integers(0, 9)), "bases")
 
     def readable() -> list[list[float]]:
         return [
             store.read(partition, before=before).get("w", torch.zeros(0)).unique().tolist()
             for partition in written
-            for before in range(base + 1, 11)  # a task after round r reads before r + 1
+            for before in (*(base + 1 for base in bases), 99)  # a task after round r reads before r + 1
         ]
 
     before = readable()
-    store.prune(base)
+    store.prune(bases)
     assert readable() == before
-    for partition in written:
-        assert sum(version <= base for version in store.versions(partition)) <= 1  # and nothing more than needed
+    for partition, rounds in written.items():
+        read = {max((r for r in rounds if r <= base), default=None) for base in (*bases, 99)} - {None}
+        assert set(store.versions(partition)) == read  # and nothing more than needed
 
 
 def test_a_write_that_dies_leaves_the_old_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +87,7 @@ def test_a_write_that_dies_leaves_the_old_version(tmp_path: Path, monkeypatch: p
             store.write(0, round_num, memory(9))
     assert store.versions(0) == [1]
     assert store.read(0, before=9)["w"][0, 0] == 1
-    store.prune(5)
+    store.prune([5])
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["1.safetensors"]  # the halves are gone
 
 

@@ -150,7 +150,8 @@ def _client_app(told_text: str, node_text: str) -> Any:
         with torch_threads(setup.local.threads):  # part of the result
             reply: Message = inner(message, context)
         if versions := store.versions(node.partition_id):
-            store.prune(versions[-1] - setup.federation.keep_checkpoints, node.partition_id)
+            newest = versions[-1]  # of a round that the server may not have kept yet
+            store.prune(range(newest - setup.federation.keep_checkpoints, newest), node.partition_id)
         return reply
 
     return answer

@@ -88,8 +88,8 @@ class Checkpoints:
         progressed = _read(folder / "progress.json", lambda path: Progressed(**json.loads(path.read_text())))
         return to_record(arrays), strategy_state, progressed
 
-    def prune(self, failed_rounds: list[int]) -> int:
-        """Delete what neither `resume` nor a replay of a failed round needs; returns the oldest round kept."""
+    def prune(self, failed_rounds: list[int]) -> list[int]:
+        """Delete what neither `resume` nor a replay of a failed round needs; returns the rounds kept."""
         rounds = self.rounds()
         kept = set(rounds[-self.keep :]) | {failed - 1 for failed in failed_rounds}
         for round_num in rounds:
@@ -97,7 +97,7 @@ class Checkpoints:
                 self._folder(round_num).rename(self._partial(round_num))  # a half deleted one is no checkpoint
         for partial in self.root.glob(".partial-*"):
             shutil.rmtree(partial)
-        return min(self.rounds())
+        return self.rounds()
 
     def _folder(self, round_num: int) -> Path:
         return self.root / f"{round_num:05d}"

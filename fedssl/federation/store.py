@@ -5,7 +5,8 @@ again with the identical result, and a resumed run never sees a state that its c
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import safe_open
@@ -55,16 +56,16 @@ class ClientStore:
         save_file({name: value.detach().cpu().contiguous() for name, value in memory.items()}, partial)
         partial.replace(path)
 
-    def prune(self, oldest_base: int, partition_id: int | None = None) -> None:
-        """Delete the versions that no task based on round `oldest_base` or later can read, and what a kill left.
+    def prune(self, bases: Collection[int], partition_id: int | None = None) -> None:
+        """Delete the versions that no task can read, except a client's newest, and what a kill left.
 
         Args:
-            oldest_base: 0 for the initial state.
+            bases: the rounds after which tasks may start, 0 for the initial state.
             partition_id: whose; None: everybody's.
         """
         for folder in self.root.glob("[0-9]*" if partition_id is None else str(partition_id)):
             for partial in folder.glob("*.partial*"):
                 partial.unlink(missing_ok=True)
-            readable = [version for version in self.versions(int(folder.name)) if version <= oldest_base]
-            for version in readable[:-1]:
-                self._path(int(folder.name), version).unlink(missing_ok=True)
+            for version, newer in pairwise(self.versions(int(folder.name))):
+                if not any(version <= base < newer for base in bases):
+                    self._path(int(folder.name), version).unlink(missing_ok=True)
