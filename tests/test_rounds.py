@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,58 @@ def test_old_memory_goes_with_old_checkpoints(tmp_path: Path) -> None:
     )
     (written,) = (r for r in rows(tmp_path / "failed", "client") if (r["round"], r["partition"]) == (2, 1))
     assert metrics["loss"] == written["metrics"]["loss"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_memory_that_no_checkpoint_needs_goes_though_its_client_is_not_asked_again(keep: int, tmp_path: Path) -> None:
+    """In two sittings; the base of the failed round 3 stays and pins one memory a client, not all that follow."""
+    run_dir = tmp_path / "run"
+    overrides = ("strategy=local_only", "federation.cohort_size=2", "evaluate.every=99")
+    config = small(run_dir, *overrides, f"federation.keep_checkpoints={keep}", "federation.num_rounds=6")
+    fedssl.run(sabotaged(config, "raise", round_num=3, partitions=[0, 1, 2]))
+    config["federation"]["num_rounds"] = 6 + keep
+    simulation.resume(config, run_dir)
+    wrote = [(row["partition"], row["round"]) for row in rows(run_dir, "client")]
+    bases = Checkpoints(run_dir / "checkpoints", keep=keep).rounds()
+    assert bases == [2, *range(7, 7 + keep)]
+    for partition in range(4):
+        read = {max((r for p, r in wrote if p == partition and r <= base), default=0) for base in bases} - {0}
+        assert ClientStore(run_dir / "clients").versions(partition) == sorted(read)
+
+
+def test_a_round_looks_at_the_memory_of_its_cohort_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sitting looks once at that of everybody who was ever seen, here fifty more."""
+    overrides = ("strategy=local_only", "evaluate.every=9", "federation.num_rounds=1")
+    config = small(tmp_path / "run", *overrides)
+    fedssl.run(config)
+    for partition in range(100, 150):
+        ClientStore(tmp_path / "run" / "clients").write(partition, 1, {"seen": torch.ones(1)})
+    looked_at: Counter[int] = Counter()
+    versions = ClientStore.versions
+
+    def count(self: ClientStore, partition_id: int) -> list[int]:
+        looked_at[partition_id] += 1
+        return versions(self, partition_id)
+
+    monkeypatch.setattr(ClientStore, "versions", count)
+    config["federation"]["num_rounds"] = 4
+    simulation.resume(config, tmp_path / "run")
+    assert [looked_at[partition] for partition in range(100, 150)] == [1] * 50
+
+
+@pytest.mark.parametrize("more_rounds", [0, 1])
+def test_what_a_kill_before_the_pruning_left_goes_when_the_run_goes_on(
+    more_rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", "strategy=local_only", "evaluate.every=9", "federation.num_rounds=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(ClientStore, "prune", lambda *_: [])
+        fedssl.run(config)
+    store = ClientStore(tmp_path / "run" / "clients")
+    assert store.versions(3) == [1, 2, 3, 4]
+    config["federation"]["num_rounds"] += more_rounds
+    simulation.resume(config, tmp_path / "run")
+    assert [store.versions(partition) for partition in range(4)] == [[3 + more_rounds, 4 + more_rounds]] * 4
 
 
 def test_the_clients_memory_can_live_elsewhere(tmp_path: Path) -> None:

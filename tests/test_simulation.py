@@ -292,7 +292,7 @@ if sys.argv[2] == "after the checkpoint":  # and before the server's row, which 
 if sys.argv[2] == "before the first checkpoint":
     rounds.Checkpoints.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "after the last row":
-    rounds.ClientStore.prune = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if rows() == 2 else None
+    rounds.ClientStore.prune = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if rows() == 2 else []
     rows = lambda: (Path(config["run_dir"]) / "metrics.jsonl").read_text().count('"scope": "server"')
 simulation.run(config)
 """

@@ -151,7 +151,7 @@ def _client_app(told_text: str, node_text: str) -> Any:
             reply: Message = inner(message, context)
         if versions := store.versions(node.partition_id):
             newest = versions[-1]  # of a round that the server may not have kept yet
-            store.prune(range(newest - setup.federation.keep_checkpoints, newest), node.partition_id)
+            store.prune(range(newest - setup.federation.keep_checkpoints, newest), [node.partition_id])
         return reply
 
     return answer

@@ -46,6 +46,7 @@ class Failure:
 class Gathered:
     """What came back from one batch of messages."""
 
+    asked: list[int] = field(default_factory=list)  # partitions
     replies: list[Message] = field(default_factory=list)  # usable ones, in partition order
     failures: list[Failure] = field(default_factory=list)
     uplink_bytes: int = 0
@@ -107,6 +108,7 @@ def gather(
     if not messages:
         return gathered
     members = by_node(grid)
+    gathered.asked = [members[message.metadata.dst_node_id].partition_id for message in messages]
     deadline = None if timeout is None else time.monotonic() + timeout
     sizes: dict[int, int] = {}
     for message in messages:  # clients of a family share one content
@@ -235,6 +237,7 @@ class Rounds:
         self.progress = progress
         self.checkpoints = checkpoints
         self.store = store
+        self._to_prune: dict[int, list[int]] = {}  # round -> clients that may have written their memory in it
         self.replay_hint = replay_hint
         self.replies = KeptReplies(
             checkpoints.root / "replies",
@@ -276,6 +279,8 @@ class Rounds:
         Raises:
             TooFewRepliesError: a round ended below `federation.min_replies`; the state before it is checkpointed.
         """
+        bases = self.checkpoints.prune(state.progressed.failed_rounds)
+        self._to_prune = {state.round_num: self.store.prune(bases)}  # everybody: who was asked before is not known
         for round_num in range(state.round_num + 1, self.setup.federation.num_rounds + 1):
             if deadline is not None and time.monotonic() >= deadline:
                 return state, "stopped"
@@ -473,8 +478,19 @@ class Rounds:
         self.checkpoints.save(state.arrays, self._strategy_state(), progressed)
         self.replies.clear()
         self.tracker.row(round_num, "server", server_row)
-        self.store.prune(self.checkpoints.prune(progressed.failed_rounds))
+        self._prune(progressed, gathered.asked)
         return State(arrays=state.arrays, progressed=progressed)
+
+    def _prune(self, progressed: Progressed, asked: list[int]) -> None:
+        """Delete what no kept checkpoint needs any more.
+
+        A client that wrote in round r has an older memory only for the checkpoints before r: it is looked at when r is
+        the oldest of the newest `keep`, and then not again before it writes. A failed round's checkpoint never goes.
+        """
+        bases = self.checkpoints.prune(progressed.failed_rounds)
+        self._to_prune[progressed.round_num] = asked
+        for round_num in [r for r in self._to_prune if r <= progressed.round_num + 1 - self.checkpoints.keep]:
+            self.store.prune(bases, self._to_prune.pop(round_num))
 
     def _strategy_state(self) -> dict[str, Tensor]:
         """What the strategy itself must remember; ours keep everything in the arrays."""

@@ -5,7 +5,7 @@ again with the identical result, and a resumed run never sees a state that its c
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,16 +56,26 @@ class ClientStore:
         save_file({name: value.detach().cpu().contiguous() for name, value in memory.items()}, partial)
         partial.replace(path)
 
-    def prune(self, bases: Collection[int], partition_id: int | None = None) -> None:
+    def prune(self, bases: Collection[int], partition_ids: Iterable[int] | None = None) -> list[int]:
         """Delete the versions that no task can read, except a client's newest, and what a kill left.
 
         Args:
             bases: the rounds after which tasks may start, 0 for the initial state.
-            partition_id: whose; None: everybody's.
+            partition_ids: whose; None: everybody's, which takes the longer the more clients there have been.
+
+        Returns:
+            Those of whom more than one version stays.
         """
-        for folder in self.root.glob("[0-9]*" if partition_id is None else str(partition_id)):
-            for partial in folder.glob("*.partial*"):
+        if partition_ids is None:
+            partition_ids = [int(folder.name) for folder in self.root.glob("[0-9]*")]
+        several = []
+        for partition_id in partition_ids:
+            for partial in (self.root / str(partition_id)).glob("*.partial*"):
                 partial.unlink(missing_ok=True)
-            for version, newer in pairwise(self.versions(int(folder.name))):
-                if not any(version <= base < newer for base in bases):
-                    self._path(int(folder.name), version).unlink(missing_ok=True)
+            versions = self.versions(partition_id)
+            unread = [v for v, newer in pairwise(versions) if not any(v <= base < newer for base in bases)]
+            for version in unread:
+                self._path(partition_id, version).unlink(missing_ok=True)
+            if len(versions) - len(unread) > 1:
+                several.append(partition_id)
+        return several
