@@ -38,8 +38,7 @@ def keep_memory(*, of_threads: bool = False) -> bool:
     """Let this process keep what it frees for what it allocates next, instead of giving it back at once.
 
     A training step frees its activations and needs them again in the next one. glibc gives blocks of that size back to
-    the system, which then has to clear every page anew. An epoch of 16 steps of 64 images on one core took .80 of the
-    time (mobilenet_v3_small), .87 (resnet8), .93 (conv4_16).
+    the system, which then has to clear every page anew. What keeping them saves: `scripts/benchmark.py choices`.
 
     What is kept: up to 1 GiB at the end of the heap, and what lies below blocks that are in use.
 
