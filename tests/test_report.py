@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedssl.report.caveats import caveats
 from fedssl.report.comparison import Comparison
 from fedssl.report.curves import over_cost
 from fedssl.report.pages import Cell
-from fedssl.report.runs import find_runs, tell_apart
+from fedssl.report.runs import find_runs, read_run, tell_apart
 from fedssl.report.sections import Section, sort_runs
 from fedssl.report.spread import spread_table
 
@@ -1166,6 +1166,56 @@ def test_families_and_clients_have_their_spread(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<figcaption>linear: clients&#39; own models at the end</figcaption>" in page
     assert "flesd, global" in page
+
+
+def rewrite_rows(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Replace each row of `metrics.jsonl` by what `change` makes of it; None leaves it out."""
+    path = run / "metrics.jsonl"
+    rows = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not None))
+
+
+def test_weights_that_nobody_trained_are_no_result(tmp_path: Path) -> None:
+    """centralized trains the reported family alone, without clients: of the other there is round 0."""
+    make_run(tmp_path / "0", families=["conv4_16", "resnet8"])
+    path = make_run(tmp_path / "1", families=["conv4_16", "resnet8"], strategy="centralized")
+
+    def centralized(row: dict[str, Any]) -> dict[str, Any] | None:
+        if row["scope"] == "round":
+            row["metrics"]["num_ok"] = 0
+        return None if row["scope"] == "client" or (row["family"] == "resnet8" and row["round"]) else row
+
+    rewrite_rows(path, centralized)
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["families"]["resnet8"]
+    (path / "summary.json").write_text(json.dumps(summary))
+    (section,) = sections_of(tmp_path)
+    table = spread_table(section)
+    assert table is not None
+    first = [[str(cell) for cell in row.cells[:4]] for row in table.rows]
+    assert [row[:2] for row in first] == [["flesd", "conv4_16"], ["flesd", "resnet8"], ["centralized", "conv4_16"]]
+    assert first[2][2:] == ["–", "0.987"]  # no client trained it
+    run = next(run for run in section.runs if run.strategy == "centralized")
+    assert run.families == ("conv4_16",)
+    assert run.final("resnet8") == {}
+    assert run.controls("resnet8")["random init"] == INITIAL
+    assert run.controls()["raw pixels"] == RAW
+    page = texts(write_run_report(path).read_text())
+    assert "resnet8" not in page[page.index("Families") : page.index("The federation")]
+
+
+def test_a_run_that_has_not_gone_on_ends_at_its_initial_weights(tmp_path: Path) -> None:
+    for name, status in (("new", None), ("killed", None), ("stopped", "stopped")):
+        kept = () if name == "new" else ("client", "round", "server")  # evaluate.every is beyond the last round
+        path = make_run(tmp_path / name, status=status)
+        rewrite_rows(path, lambda row, kept=kept: row if row["round"] == 0 or row["scope"] in kept else None)  # type: ignore[misc]
+    new, killed, stopped = (read_run(tmp_path / name) for name in ("new", "killed", "stopped"))
+    assert (new.rounds, new.final()) == (0, INITIAL)
+    for run in (killed, stopped):
+        assert run.rounds > 0
+        assert run.final() == {}
+        assert run.controls()["random init"] == INITIAL
+        assert "Only the initial weights were evaluated yet." in texts(write_run_report(run.path).read_text())
 
 
 def test_one_family_with_a_global_model_needs_no_second_table(tmp_path: Path) -> None:

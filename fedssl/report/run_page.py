@@ -9,7 +9,7 @@ import yaml
 
 from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, map_figure, palette, partition_figure
 from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
-from fedssl.report.runs import HEADLINE, METRICS, RAW_PIXELS, Run, flatten, tell_apart
+from fedssl.report.runs import HEADLINE, METRICS, Run, flatten, tell_apart
 from fedssl.tracking import duration
 
 MAX_FAILURES = 200  # rows of the failures table
@@ -88,7 +88,7 @@ def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> st
     metrics = run.final()
     name = next((name for name in METRICS if name in metrics), None)
     if name is None:
-        return "Nothing was evaluated yet."
+        return "Nothing was evaluated yet." if run.eval.empty else "Only the initial weights were evaluated yet."
     who = f"The clients' own {run.report_family} models reach a mean of" if f"{name}_min" in metrics else (
         f"The global {run.report_family} reaches"
     )  # fmt: skip
@@ -180,7 +180,7 @@ def _families(run: Run) -> Table | None:
     table = Table(heads=["family", "clients", *(METRICS[name] for name in shown)])
     for family, metrics in finals.items():
         cells = [accuracy(metrics, name, initial[family]) for name in shown]
-        clients = _num_clients(run, family)
+        clients = run.num_clients(family)
         table.rows.append(
             Row(
                 [family, "–" if clients is None else str(clients), *cells],
@@ -190,18 +190,11 @@ def _families(run: Run) -> Table | None:
     return table
 
 
-def _num_clients(run: Run, family: str) -> int | None:
-    count = ((run.summary.get("families") or {}).get(family) or {}).get("num_clients")
-    if count is None:
-        count = run.clients.loc[run.clients["family"] == family, "partition"].nunique() or None
-    return None if count is None else int(count)
-
-
 def _curves(run: Run) -> list[Picture]:
-    colours = palette(run.families)
+    colours = _colours(run)
     controls = run.controls().get("raw pixels", {})
     pictures = []
-    rounds = run.eval[run.eval["family"] != RAW_PIXELS]
+    rounds = run.eval[run.eval["family"].isin(run.families)]
     for name in (name for name in HEADLINE if name in rounds):
         curves = {
             str(family): _curve(rows, name)
@@ -219,6 +212,11 @@ def _curves(run: Run) -> list[Picture]:
         figure = curves_figure(by_family, ylabel="loss", colours=colours)
         pictures.append(Picture("Loss of the clients: mean and range of each family", figure))
     return pictures
+
+
+def _colours(run: Run) -> dict[str, str]:
+    """Of all families, those too that clients train and nobody has evaluated yet."""
+    return palette(list(dict.fromkeys([*run.families, *run.clients["family"].dropna()])))
 
 
 def _curve(rows: pd.DataFrame, name: str) -> Curve:
@@ -320,7 +318,7 @@ def _family_of(failure: Mapping[str, Any], families: Sequence[str]) -> str:
 
 def _measures(run: Run) -> list[Picture]:
     """Whatever else clients and server reported, if it ever changed."""
-    colours = palette(run.families)
+    colours = _colours(run)
     pictures = []
     for name in _numeric(run.clients):
         if name not in ("loss", *EFFORT) and run.clients[name].nunique() > 1:

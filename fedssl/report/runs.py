@@ -133,11 +133,24 @@ class Run:
 
     @cached_property
     def families(self) -> tuple[str, ...]:
-        """All families with an evaluation, in the order of the summary."""
-        found = list(self.summary.get("families") or {})
-        if not self.eval.empty:
-            found += self.eval["family"].dropna().tolist()
-        return tuple(dict.fromkeys(str(family) for family in found if family != RAW_PIXELS))
+        """All families with a result, in the order of the summary; not those that stayed at their initial weights."""
+        found = dict.fromkeys([*(self.summary.get("families") or {}), *self._evaluations])
+        return tuple(str(family) for family in found if family != RAW_PIXELS and not self._untrained(family))
+
+    @cached_property
+    def _evaluations(self) -> dict[str, dict[int, dict[str, float]]]:
+        """Family -> round -> numbers of its evaluation, in the order of rounds."""
+        found: dict[str, dict[int, dict[str, float]]] = {}
+        for row in sorted(self.rows, key=lambda row: row["round"]):
+            if row["scope"] == "eval" and row.get("family") is not None:
+                found.setdefault(row["family"], {})[row["round"]] = numbers(flatten(row.get("metrics") or {}))
+        return found
+
+    def _untrained(self, family: str | None) -> bool:
+        """Whether all that is known of the family is its evaluation of round 0, and the run went on."""
+        if self.completed and family in (self.declared_family, *(self.summary.get("families") or {})):
+            return False  # evaluated after the last round, whatever became of the row
+        return family is not None and list(self._evaluations.get(family, {})) == [0] and self.rounds > 0
 
     @cached_property
     def eval(self) -> pd.DataFrame:
@@ -165,15 +178,17 @@ class Run:
 
     def evaluated(self, family: str | None, *, last: bool) -> dict[str, float]:
         """Numbers of the family's last evaluation, or of its first one if that is round 0; empty if there is none."""
-        table = self.eval[self.eval["family"] == family].sort_values("round")
-        table = table if last else table[table["round"] == 0]
-        if table.empty:
-            return {}
-        return numbers({str(key): value for key, value in table.iloc[-1].items() if key not in ("round", "partition")})
+        rounds = {} if family is None else self._evaluations.get(family, {})
+        return next(reversed(rounds.values()), {}) if last else rounds.get(0, {})
 
     def final(self, family: str | None = None) -> dict[str, float]:
-        """Metrics at the end, of the report family if none is named; of an unfinished run, at its last evaluation."""
+        """Metrics at the end, of the report family if none is named; of an unfinished run, at its last evaluation.
+
+        Empty for a family that was evaluated before round 1 only, though the run went on.
+        """
         family = family or self.report_family
+        if self._untrained(family):
+            return {}
         ours = family == self.report_family
         summary = (self.summary.get("families") or {}).get(family) or {}
         return self.evaluated(family, last=True) | numbers(summary) | (numbers(self.summary) if ours else {})
@@ -220,6 +235,15 @@ class Run:
         rounds = [row.get("metrics") or {} for row in self.rows if row["scope"] == "round"]
         asked = {f["partition"] for row in rounds for f in row.get("failures") or [] if f.get("kind") in OUTCOMES}
         return sorted(asked.difference(self.clients["partition"]))
+
+    def num_clients(self, family: str) -> int | None:
+        """Of which the family's number is the mean, or which trained it; None where nobody was asked, or knows."""
+        if self.tasks and not any(self.tasks.values()):
+            return None
+        count = ((self.summary.get("families") or {}).get(family) or {}).get("num_clients")
+        if count is None:
+            count = self.clients.loc[self.clients["family"] == family, "partition"].nunique() or None
+        return None if count is None else int(count)
 
     def client_values(self, family: str, name: str) -> dict[int, float]:
         """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""

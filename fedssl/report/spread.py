@@ -75,6 +75,5 @@ def _cell(group: Group, family: str, name: str) -> Cell:
 
 def _num_clients(group: Group, family: str) -> str:
     """Of which a family's number is the mean, or which trained it; "5–6" where the seeds differ."""
-    found = [((run.summary.get("families") or {}).get(family) or {}).get("num_clients") for run in group.completed]
-    counts = sorted({int(count) for count in found if count is not None})
+    counts = sorted({count for run in group.completed if (count := run.num_clients(family)) is not None})
     return "–" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
