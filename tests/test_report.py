@@ -1168,6 +1168,22 @@ def test_families_and_clients_have_their_spread(tmp_path: Path) -> None:
     assert "flesd, global" in page
 
 
+def test_clients_that_sat_out_the_last_round_keep_their_values(tmp_path: Path) -> None:
+    """A client trains in the round of its number at the latest, and client 4 never does."""
+    path = make_run(tmp_path / "0", strategy="local_only", spread=0.04, linear=0.9)
+    full = read_run(path).clients.set_index(["round", "partition"])["conv4_16/linear_top1"]
+
+    def with_a_cohort(row: dict[str, Any]) -> dict[str, Any] | None:
+        return None if row["scope"] == "client" and row["round"] > row["partition"] % 4 else row
+
+    rewrite_rows(path, with_a_cohort)
+    values = read_run(path).client_values("conv4_16", "linear_top1")
+    assert values == {partition: full[partition, partition] for partition in (1, 2, 3)}
+    table = spread_table(sections_of(tmp_path)[0])
+    assert table is not None
+    assert str(table.rows[0].cells[-1]) == f"{np.std(list(values.values()), ddof=1):.3f}"
+
+
 def rewrite_rows(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
     """Replace each row of `metrics.jsonl` by what `change` makes of it; None leaves it out."""
     path = run / "metrics.jsonl"

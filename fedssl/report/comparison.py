@@ -60,7 +60,8 @@ CONSTANT_NOTE = (
 )
 SPREAD_NOTE = (
     "Mean ± standard deviation over the seeds; where clients keep their own models, of the mean client, and the small "
-    "range is from the lowest to the highest client of any seed."
+    "range is from the lowest to the highest client of any seed. Standard deviations over clients, and dots, are of "
+    "each client's last evaluation in a round in which it trained; one that never did has none."
 )
 
 

@@ -246,12 +246,12 @@ class Run:
         return None if count is None else int(count)
 
     def client_values(self, family: str, name: str) -> dict[int, float]:
-        """The metric of each client's own model of `family`, of those that the last such evaluation has rows of."""
+        """The metric of each client's own model of `family`: its last one, of the clients that have ever trained."""
         column = f"{family}/{name}"
         if column not in self.clients:
             return {}
-        rows = self.clients.dropna(subset=[column, "partition"])
-        rows = rows[rows["round"] == rows["round"].max()]
+        rows = self.clients.dropna(subset=[column, "partition"]).sort_values("round", kind="stable")
+        rows = rows.drop_duplicates("partition", keep="last").sort_values("partition")
         return {int(partition): float(v) for partition, v in zip(rows["partition"], rows[column], strict=True)}
 
     def spent(self, cost: str) -> "pd.Series[float] | None":
