@@ -21,7 +21,7 @@ from fedssl.report.caveats import caveats
 from fedssl.report.comparison import Comparison
 from fedssl.report.curves import over_cost
 from fedssl.report.pages import Cell
-from fedssl.report.runs import find_runs, read_run, tell_apart
+from fedssl.report.runs import Run, find_runs, read_run, tell_apart
 from fedssl.report.sections import Section, sort_runs
 from fedssl.report.spread import spread_table
 
@@ -993,6 +993,29 @@ def epochs(num: int) -> dict[str, Any]:
     """A configuration as it is saved: the strategy's YAML repeats the client's epochs."""
     strategy = {"_target_": "strategies.flesd.FLESD", "client": {"local_epochs": num}}
     return {"client": {"local_epochs": num}, "strategy": strategy}
+
+
+def test_the_cost_is_linear_in_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not groups x runs: 300 runs did not end in ten minutes."""
+    counted, final = [0], Run.final
+
+    def count(run: Run, family: str | None = None) -> dict[str, float]:
+        counted[0] += 1
+        return final(run, family)
+
+    calls = []
+    for num in (4, 8):
+        for i in range(len(calls) * 4, num):
+            for seed in (0, 1):
+                make_run(tmp_path / f"{i}-{seed}", seed=seed, families=["conv4_16"], num_rounds=1, config=epochs(i))
+        runs, _ = find_runs([tmp_path])
+        comparison = Comparison(runs=runs, broken={}, sections=sort_runs(runs))
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "final", count)
+            counted[0] = 0
+            comparison.markdown()
+            calls.append(counted[0])
+    assert calls[1] <= 2 * calls[0]
 
 
 def test_a_setting_that_differs_beside_the_strategy_is_a_warning(tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ def _overrides(section: Section, key: str) -> bool:
 
 
 def _who(section: Section, runs: Sequence[Run]) -> str:
-    names = []
+    names, named = [], {id(run) for run in runs}
     for group in section.groups:
-        own = [run for run in group.runs if any(run is other for other in runs)]
+        own = [run for run in group.runs if id(run) in named]
         if own:
             names.append(group.label if len(own) == len(group.runs) else f"{group.label} (seed {_seeds_of(own)})")
     return _listed(names)
@@ -162,9 +162,9 @@ def _controls(section: Section) -> Iterator[str]:
 def _others(section: Section, control: str, name: str, seed: int, value: float) -> list[tuple[float, Run]]:
     """What runs of this seed have instead of `value`, as far as a reader would see it, and one run for each."""
     found: dict[str, tuple[float, Run]] = {}
-    for run in section.runs:
+    for run in (run for run in section.runs if run.seed == seed and run.declared_family):
         own = run.controls().get(control, {}).get(name)
-        if run.seed == seed and run.declared_family and own is not None and abs(own - value) >= TIE:
+        if own is not None and abs(own - value) >= TIE:
             found.setdefault(f"{own:.3f}", (own, run))
     return list(found.values())
 

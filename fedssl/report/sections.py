@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Section:
         """Of all groups."""
         return [run for group in self.groups for run in group.runs]
 
-    @property
+    @cached_property
     def shown(self) -> list[str]:
         """The metrics that anything here has, the most important first."""
 
