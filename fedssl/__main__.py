@@ -13,11 +13,13 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedssl.config import CONFIG_NAME, compose, conf_dir, message_of, resolve, unread
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compose_and_run(arguments: list[str]) -> int:
     """Let Hydra compose one job or a sweep of them; the exit code is the largest of the jobs'."""
     jobs: list[dict[str, Any]] = []
+    planned: dict[int, list[str]] = {}  # the overrides of all jobs of a sweep, where Hydra's sweeper knows them
     finished: dict[int, Path] = {}
     waiting: list[Job] = []  # for a process of their own
     at_once = 1
@@ -68,6 +71,12 @@ def _compose_and_run(arguments: list[str]) -> int:
             this.number, this.overrides = hydra_config.job.num, list(hydra_config.overrides.task)
             this.sweep_dir = Path(hydra_config.sweep.dir)
             print(f"\njob {this.number}: {' '.join(this.overrides)}", flush=True)
+            if this.number == 0:
+                planned.update(enumerate(_planned(this.sweep_dir)))
+            if planned.get(this.number) != this.overrides:
+                planned.clear()  # shuffle() says something else each time
+            if this.number == 0:
+                _record_sweep(this.sweep_dir, jobs, planned)
         elif not Path(hydra_config.run.dir).is_absolute():
             this.run_dir = Path(hydra_config.run.dir)  # as the user wrote it
 
@@ -95,7 +104,7 @@ def _compose_and_run(arguments: list[str]) -> int:
         jobs.append({**record, "message": message} if message else record)
         jobs.sort(key=lambda record: record["job"])
         if job.sweep_dir is not None:
-            _record_sweep(job.sweep_dir, jobs)
+            _record_sweep(job.sweep_dir, jobs, planned)
 
     command = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(job)
     before = sys.argv
@@ -202,14 +211,26 @@ def _check_sweep_dir(arguments: Sequence[str]) -> None:
         raise ConfigError(f"hydra.sweep.dir={folder} holds {held} of an earlier sweep: choose another directory")
 
 
-def _record_sweep(sweep_dir: Path, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """`sweep.json`: every job so far, those too that left no run directory.
+def _planned(sweep_dir: Path) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper makes them; [] of another sweeper."""
+    config = OmegaConf.load(sweep_dir / "multirun.yaml").hydra
+    if not str(config.sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+        return []
+    given = [*(f"{key}={value}" for key, value in (config.sweeper.params or {}).items()), *config.overrides.task]
+    overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
+    return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
-    Each has `job`, `overrides`, `exit_code` and, where it printed an error, `message`.
+
+def _record_sweep(sweep_dir: Path, jobs: Sequence[Mapping[str, Any]], planned: Mapping[int, list[str]]) -> None:
+    """`sweep.json`: `jobs` that have ended, those too that left no run directory, and `planned` ones that have not.
+
+    Each has `job` and `overrides`; one that has ended `exit_code` and, where it printed an error, `message`.
     """
     from fedssl.tracking import write_json
 
-    write_json(sweep_dir / "sweep.json", {"jobs": list(jobs)})
+    ended = {job["job"] for job in jobs}
+    left = [{"job": number, "overrides": own} for number, own in planned.items() if number not in ended]
+    write_json(sweep_dir / "sweep.json", {"jobs": list(jobs), **({"planned": left} if left else {})})
 
 
 def _print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:

@@ -688,11 +688,39 @@ def test_an_interrupt_ends_all_jobs_and_keeps_their_checkpoints(
     sweep = tmp_path / "sweep"
     jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
     assert [(job["job"], job["exit_code"]) for job in jobs] == [(0, 130), (1, 130)]
+    planned = json.loads((sweep / "sweep.json").read_text())["planned"]
+    assert [job["job"] for job in planned] == [2]
+    assert "seed=2" in planned[0]["overrides"]
     for number in "01":
         assert f"job {number} | interrupted; the last checkpoint is kept" in err
         assert final_arrays(sweep / number)
         assert json.loads((sweep / number / "summary.json").read_text())["status"] == "stopped"
     assert not (sweep / "2").exists()
+
+
+def test_planned_jobs_are_recorded_from_the_start(command: Command, tmp_path: Path) -> None:
+    """Each job finds itself and those after it in the plan, in Hydra's words, which another order would not be."""
+    (tmp_path / "reads.py").write_text(
+        "import json\nfrom pathlib import Path\nfrom strategies.fedavg import FedAvgClient\n\n"
+        "class Reads(FedAvgClient):\n    def __call__(self, client, broadcast):\n"
+        "        text = Path('sweep/sweep.json').read_text()\n"
+        "        Path('seen' + str(json.loads(text)['planned'][0]['job'])).write_text(text)\n"
+        "        raise OSError\n"
+    )
+    overrides = small("federation.num_rounds=1", "strategy=fedavg", "strategy.client._target_=reads.Reads")
+    ended = command("-m", *overrides, "seed=range(0,2)", "client.batch_size=16,32", "hydra.sweep.dir=sweep")
+    assert ended.code == 3, ended
+    file = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert list(file) == ["jobs"]
+    for number in range(4):
+        seen = json.loads((tmp_path / f"seen{number}").read_text())
+        assert [other["job"] for other in seen["jobs"]] == list(range(number))
+        assert seen["planned"] == [
+            {name: other[name] for name in ("job", "overrides")} for other in file["jobs"][number:]
+        ]
+    shuffled = command("-m", *small("federation.num_rounds=1"), "seed=shuffle(range(-6,0))", "hydra.sweep.dir=other")
+    assert shuffled.code == 2
+    assert len(json.loads((tmp_path / "other" / "sweep.json").read_text())["jobs"]) == 6
 
 
 @pytest.mark.slow

@@ -906,9 +906,34 @@ def test_jobs_that_left_no_run_are_named(tmp_path: Path, capsys: pytest.CaptureF
         assert "job 0" not in text
 
 
+@words
+def test_planned_jobs_that_never_began_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sweep was killed in job 1, which has a directory; Hydra has made that of job 2 as well."""
+    sweep = tmp_path / "sweep"
+    make_run(sweep / "0")
+    make_run(sweep / "1", strategy="fedavg", status=None)
+    (sweep / "2").mkdir()
+    jobs = [{"job": 0, "overrides": ["strategy=flesd", "seed=0"], "exit_code": 0}]
+    planned = [{"job": i, "overrides": ["strategy=fedavg", f"seed={i}"]} for i in (1, 2, 3)]
+    planned += [{"job": 4, "overrides": ["seed=4"]}]
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs, "planned": planned}))
+    assert main([str(sweep), "-o", str(tmp_path / "out")]) == 0
+    page = texts((tmp_path / "out" / "report.html").read_text())
+    for text in (capsys.readouterr().err, page, (tmp_path / "out" / "results.md").read_text()):
+        assert f"fedavg: 2 planned runs were not started: jobs 2, 3 of {sweep}, which was ended or is still" in text
+        assert f" 1 planned run was not started: job 4 of {sweep}" in text
+        assert "job 1" not in text
+    (sweep / "sweep.json").write_text(json.dumps({"planned": planned[1:]}))
+    for name in ("0", "1"):
+        shutil.rmtree(sweep / name)
+    with pytest.raises(ConfigError, match=r"No run in .*\nfedavg: 2 planned runs were not started: jobs 2, 3 of"):
+        compare([sweep], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"planned": [{"job": "../x", "overrides": []}]}', "sweep.json holds something else than a sweep's jobs"),
         ("{", "sweep.json cannot be read"),
         ("[]", "sweep.json holds no mapping"),
         ('{"jobs": [{"job": 1}]}', "sweep.json holds something else than a sweep's jobs"),

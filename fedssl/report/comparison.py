@@ -28,7 +28,7 @@ from fedssl.report.pages import (
     plural,
     render,
 )
-from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, Job, PublicMap, Run, flatten
+from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, Job, NotStarted, PublicMap, Run, flatten
 from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section
 from fedssl.report.spread import clients_pictures, spread_table
 from fedssl.tracking import duration
@@ -72,7 +72,7 @@ class Comparison:
     Args:
         runs: all of them.
         broken: directories that could not be read, with the reason.
-        jobs: jobs of sweeps that left no run.
+        jobs: jobs of sweeps that left no run, or never began.
         sections: the runs again, sorted into settings and groups.
         against: what paired differences are taken from, see `Section.reference`.
 
@@ -82,7 +82,7 @@ class Comparison:
 
     runs: Sequence[Run]
     broken: Mapping[Path, str]
-    jobs: Sequence[Job] = ()
+    jobs: Sequence[Job | NotStarted] = ()
     sections: Sequence[Section] = field(default_factory=list)
     against: str | None = None
 

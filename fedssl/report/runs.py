@@ -34,6 +34,7 @@ OUTCOMES = ("ok", "failed", "late", "refused")  # of a client task
 COUNTED = {  # by the scope of a row; beside them a row may hold anything
     "server": ("uplink_bytes", "downlink_bytes"), "round": tuple(f"num_{kind}" for kind in OUTCOMES),
 }  # fmt: skip
+MAX_NUMBERS = 10  # of jobs that are named
 BESIDE_ROWS = ("config.yaml", "manifest.json", "partition.npz", "summary.json")  # of a run directory
 PROVENANCE = ("git.commit", "git.dirty", "versions", "hardware.cpu", "hardware.cores", "hardware.gpus")  # of a manifest
 
@@ -313,6 +314,25 @@ class Job:
         return f"job {self.number} of {self.sweep}{own}: exit code {self.exit_code}{said}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class NotStarted:
+    """Jobs of a sweep that `sweep.json` plans, of one strategy, and that have left nothing at all."""
+
+    sweep: Path
+    strategy: str  # "" where the sweep has the default one
+    numbers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        own = f"{self.strategy}: " if self.strategy else ""
+        several = len(self.numbers) > 1
+        numbers = ", ".join(map(str, self.numbers[:MAX_NUMBERS]))
+        more = f" and {len(self.numbers) - MAX_NUMBERS} more" if len(self.numbers) > MAX_NUMBERS else ""
+        return (
+            f"{own}{len(self.numbers)} planned {'runs were' if several else 'run was'} not started: "
+            f"job{'s' if several else ''} {numbers}{more} of {self.sweep}, which was ended or is still running"
+        )
+
+
 def read_run(path: Path) -> Run:
     """The run in directory `path`.
 
@@ -429,18 +449,21 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     return runs, broken
 
 
-def find_jobs(paths: Sequence[Path], known: Iterable[Path]) -> tuple[list[Job], dict[Path, str]]:
+def find_jobs(paths: Sequence[Path], known: Iterable[Path]) -> tuple[list[Job | NotStarted], dict[Path, str]]:
     """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` runs.
 
     Returns:
-        The jobs, and each `sweep.json` that cannot be read with the reason.
+        The jobs, those too that were planned and never began; and each `sweep.json` that cannot be read, with the
+        reason.
     """
     runs = {path.resolve() for path in known}
-    jobs: list[Job] = []
+    jobs: list[Job | NotStarted] = []
     broken: dict[Path, str] = {}
     for path in (folder / "sweep.json" for folder, files in _walk(paths) if "sweep.json" in files):
         try:
-            found = _jobs(path.parent, _mapping(path).get("jobs") or [])
+            file = _mapping(path)
+            found = _jobs(path.parent, file.get("jobs") or [])
+            jobs += _not_started(path.parent, file.get("planned") or [])
         except DataError as error:
             broken[path] = str(error)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -463,6 +486,16 @@ def _jobs(sweep: Path, listed: Sequence[Mapping[str, Any]]) -> list[Job]:
         for job in listed
         if job["exit_code"] != 0
     ]
+
+
+def _not_started(sweep: Path, planned: Sequence[Mapping[str, Any]]) -> list[NotStarted]:
+    """By strategy; a job that has begun has a directory with its `config.yaml`, which speaks for itself."""
+    found: dict[str, list[int]] = {}
+    for job in planned:
+        if not (sweep / str(int(job["job"])) / "config.yaml").exists():
+            chosen = [o.removeprefix("strategy=") for o in job["overrides"] if o.startswith("strategy=")]
+            found.setdefault("".join(chosen), []).append(job["job"])
+    return [NotStarted(sweep=sweep, strategy=name, numbers=tuple(numbers)) for name, numbers in found.items()]
 
 
 def _walk(paths: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
