@@ -608,6 +608,52 @@ def test_only_broken_runs_is_an_error_that_names_them(tmp_path: Path) -> None:
         compare([tmp_path], tmp_path / "out")
 
 
+@pytest.mark.parametrize("out", ["runs/0", "runs/0/models", "runs/broken", "other"])
+def test_a_run_directory_is_no_output(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("runs/0", "runs/broken", "other"):
+        make_run(tmp_path / name)
+    (tmp_path / "runs" / "broken" / "summary.json").write_text("{")
+    write_run_report(tmp_path / "runs" / "0")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    assert main([str(tmp_path / "runs"), "-o", str(tmp_path / out)]) == 2
+    run = tmp_path / out.removesuffix("/models")
+    assert f"-o {tmp_path / out} lies in the run directory {run}, whose files stay" in capsys.readouterr().err
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("long", ["runs", "-o"])
+def test_a_path_that_cannot_be_is_exit_code_2(long: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, out = make_run(tmp_path / "0"), tmp_path / "out"
+    if long == "runs":
+        runs = tmp_path / ("x" * 300)
+    else:
+        out = tmp_path / ("x" * 300)
+    assert main([str(runs), "-o", str(out)]) == 2
+    assert "x" * 300 in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depth", [100, 300, 900, 5000])
+@pytest.mark.parametrize("file", ["config.yaml", "summary.json", "manifest.json", "metrics.jsonl"])
+@words
+def test_absurd_nesting_has_no_page_or_a_whole_one(file: str, depth: int, tmp_path: Path) -> None:
+    make_run(tmp_path / "0")
+    path = make_run(tmp_path / "1", seed=1) / file
+    nested = '{"a": ' * depth + "1" + "}" * depth
+    if file == "metrics.jsonl":
+        rows = path.read_text().splitlines()
+        path.write_text(
+            "\n".join([*rows, json.dumps({"round": 3, "scope": "round"})[:-1] + f', "metrics": {nested}}}'])
+        )
+    else:
+        whole = yaml.safe_load(path.read_text())
+        path.write_text(json.dumps(whole)[:-1] + f', "odd": {nested}}}')
+    comparison = compare([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert len(comparison.runs) + len(comparison.broken) == 2
+    assert all(str(tmp_path / "1") in reason for reason in comparison.broken.values())
+    if depth == 5000 and file != "metrics.jsonl":  # of which the last line may be half
+        assert len(comparison.broken) == 1
+
+
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     (tmp_path / "out").write_text("")

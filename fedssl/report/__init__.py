@@ -12,7 +12,7 @@ from fedssl.errors import ConfigError, DataError, FedSSLError
 from fedssl.report.comparison import Comparison
 from fedssl.report.pages import plural
 from fedssl.report.run_page import run_page
-from fedssl.report.runs import Run, find_jobs, find_runs, read_run
+from fedssl.report.runs import Run, find_jobs, find_runs, is_run, read_run
 from fedssl.report.sections import sort_runs
 from fedssl.tracking import write_text
 
@@ -50,9 +50,11 @@ def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), agains
         against: the group or strategy that paired differences are taken from; None: the best group.
 
     Raises:
-        ConfigError: a path is missing, holds no run, or `out` cannot be a folder; or no run has such a key or group.
+        ConfigError: a path is missing, holds no run, or `out` cannot be a folder or is in one of a run; or no run has
+            such a key or group.
     """
     found, broken = find_runs(runs)
+    _check_out(out, [*(run.path for run in found), *broken])
     jobs, unread = find_jobs(runs, [run.path for run in found])
     comparison = Comparison(
         runs=found, broken=broken | unread, jobs=jobs, sections=sort_runs(found, keys), against=against
@@ -65,6 +67,16 @@ def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), agains
     write_text(out / "results.md", comparison.markdown())
     write_text(out / "report.html", comparison.page(out))
     return comparison
+
+
+def _check_out(out: Path, runs: Sequence[Path]) -> None:
+    """A run's directory keeps its own report.html; `runs` are read, and `out` may be another."""
+    within = {out.resolve(), *out.resolve().parents}
+    run = next((path for path in runs if path.resolve() in within), out if is_run(out) else None)
+    if run is not None:
+        raise ConfigError(
+            f"-o {out} lies in the run directory {run}, whose files stay as they are. Name another folder."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -354,8 +354,8 @@ def read_run(path: Path) -> Run:
     try:  # files may be whole and hold something else
         _check(run)
         _ = {run.seed}, run.final(), run.controls(), run.server, run.clients, run.choices, run.setting
-        _ = run.tasks, run.idle_rounds, run.never_merged
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        _ = run.tasks, run.idle_rounds, run.never_merged, run.conditions, run.provenance, flatten(run.summary)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{path} holds something else than a run ({type(error).__name__}: {error}).") from error
     return run
 
@@ -420,7 +420,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     Raises:
         ConfigError: a path does not exist, or no run is found.
     """
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not _exists(path)]
     if missing:
         raise ConfigError(f"No such directory: {', '.join(missing)}. Give run directories, or folders that hold some.")
     runs: list[Run] = []
@@ -512,6 +512,18 @@ def _walk(paths: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
                 yield folder, files
 
 
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run directory, whole or not."""
+    return _exists(path) and path.is_dir() and _holds_run([file.name for file in path.iterdir()])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or nothing that may be looked at
+        return False
+
+
 def _holds_run(files: Sequence[str]) -> bool:
     """Whether they are a run's, whole or not; other folders may well have one file of such a name."""
     return "metrics.jsonl" in files or sum(name in files for name in BESIDE_ROWS) > 1
@@ -589,7 +601,7 @@ def _read(path: Path, parse: Any) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
