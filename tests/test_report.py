@@ -594,12 +594,18 @@ def test_an_odd_configuration_has_no_page_or_a_whole_one(key: str, value: Any, t
 
 def test_what_simulated_seconds_are_of_is_said(tmp_path: Path) -> None:
     devices = {"_target_": "fedssl.federation.devices.Devices", "uplink_mbps": 10, "deadline_s": None}
-    for seed in (0, 1):
-        make_run(tmp_path / str(seed), seed=seed, config={"federation": {"devices": devices}})
+    for seed in (0, 1, 2):
+        own = devices | ({"images_per_second": 500 if seed == 1 else None} if seed else {})
+        make_run(tmp_path / str(seed), seed=seed, config={"federation": {"devices": own}})
         summary = json.loads((tmp_path / str(seed) / "summary.json").read_text())
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps({**summary, "simulated_seconds": 12.0}))
     text = compare([tmp_path], tmp_path / "out").markdown()
-    assert text.count("as federation.devices says: deadline_s=None, uplink_mbps=10.") == 1
+    said = (
+        "Simulated: bytes over each client's link and its training, as federation.devices says, and the server's work "
+    )
+    assert text.count(f"{said}as measured: deadline_s=none, uplink_mbps=10.") == 1
+    assert text.count(f"{said}as measured: deadline_s=none, images_per_second=500, uplink_mbps=10.") == 1
+    assert text.count(f"{said}as measured: deadline_s=none, images_per_second=measured, uplink_mbps=10.") == 1
 
 
 def test_only_broken_runs_is_an_error_that_names_them(tmp_path: Path) -> None:
@@ -1141,6 +1147,19 @@ def test_a_copy_in_the_strategy_is_excused_by_its_original_alone(tmp_path: Path)
     assert [warning for warning in caveats(section) if "Not only" in warning] == [named]
     (section,) = sections_of(tmp_path, "strategy", "strategy.client.local_epochs")
     assert not any("Not only" in warning for warning in caveats(section))
+
+
+def test_a_setting_of_the_same_name_is_no_original(tmp_path: Path) -> None:
+    """flesd distils in batches of distill.batch_size=64, and client.batch_size is 64 as well in one of its groups."""
+    for i, (strategy, client) in enumerate([("flesd", 32), ("flesd", 64), ("fedavg", 64)]):
+        node: dict[str, Any] = {"_target_": f"strategies.{strategy}.X"}
+        node |= {"client": {"distillation": {"batch_size": 64}}} if strategy == "flesd" else {}
+        config = {"client": {"batch_size": client}, "distill": {"batch_size": 64}, "strategy": node}
+        make_run(tmp_path / str(i), strategy=strategy, config=config)
+    (section,) = sections_of(tmp_path)
+    assert section.compared == ("strategy",)
+    (named,) = [warning for warning in caveats(section) if "Not only" in warning]
+    assert named.startswith("Not only strategy: client.batch_size is 32 in flesd (")
 
 
 def test_a_copy_that_one_strategy_does_not_have_is_no_difference(tmp_path: Path) -> None:

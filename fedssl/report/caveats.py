@@ -51,18 +51,16 @@ def _overrides(section: Section, key: str) -> bool:
     """Whether `key` repeats a setting from above in some strategies, and in others has a value of its own.
 
     `strategy.client.local_epochs=5` for one of them is no part of what strategies are; the setting from above is the
-    same for all, so nothing else would tell.
+    same for all, so nothing else would tell. Settings share names: a key with one value
+    everywhere is no override of `client.batch_size` because that is the same for some.
     """
     if not covers(["strategy"], key) or covers([name for name in section.compared if name != "strategy"], key):
         return False
     having = [run.conditions for run in section.runs if key in run.conditions]
     name = key.rpartition(".")[2]
     above = {other for run in having for other in run if other.rpartition(".")[2] == name}
-    return name != "_target_" and any(
-        0 < sum(run[key] == run.get(other) for run in having) < len(having)
-        for other in above
-        if not covers(["strategy"], other)
-    )
+    repeats = any(run[key] == run.get(other) for other in above if not covers(["strategy"], other) for run in having)
+    return name != "_target_" and repeats and len({run[key] for run in having}) > 1
 
 
 def _who(section: Section, runs: Sequence[Run]) -> str:

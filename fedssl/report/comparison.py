@@ -248,13 +248,19 @@ def _section_notes(section: Section, against: str | None) -> list[str]:
 
 
 def _simulated_note(section: Section) -> list[str]:
-    """What simulated seconds are of, once for each setting of the devices."""
+    """What simulated seconds are of, once for each setting of the devices; clients without a speed are measured too."""
     if not any(_totals(group, "simulated_seconds") for group in section.groups):
         return []
     found = [(run.config.get("federation") or {}).get("devices") or {} for run in section.runs]
-    texts = [", ".join(f"{k}={v}" for k, v in devices.items() if k != "_target_") for devices in found if devices]
+    unset = {"images_per_second": "measured"}
+    texts = [
+        ", ".join(f"{k}={unset.get(k, 'none') if v is None else v}" for k, v in devices.items() if k != "_target_")
+        for devices in found
+        if devices
+    ]
     return [
-        f"Simulated: bytes over each client's link, plus its training, as federation.devices says: {text}."
+        f"Simulated: bytes over each client's link and its training, as federation.devices says, and the server's work "
+        f"as measured: {text}."
         for text in dict.fromkeys(texts)
     ]
 
