@@ -1324,6 +1324,7 @@ def test_weights_that_nobody_trained_are_no_result(tmp_path: Path) -> None:
     first = [[str(cell) for cell in row.cells[:4]] for row in table.rows]
     assert [row[:2] for row in first] == [["flesd", "conv4_16"], ["flesd", "resnet8"], ["centralized", "conv4_16"]]
     assert first[2][2:] == ["–", "0.987"]  # no client trained it
+    assert [row.kind for row in table.rows] == ["self", "", "self"]
     run = next(run for run in section.runs if run.strategy == "centralized")
     assert run.families == ("conv4_16",)
     assert run.final("resnet8") == {}

@@ -19,7 +19,8 @@ def spread_table(section: Section) -> Table | None:
     """
     families = {id(group): _families(group) for group in section.groups}
     clients = any(_client_values(g, f, name) for g in section.groups for f in families[id(g)] for name in HEADLINE)
-    if not clients and all(len(found) < 2 for found in families.values()):
+    several = any(len(found) > 1 for found in families.values())
+    if not clients and not several:
         return None
     shown = section.shown
     between = next((name for name in HEADLINE if name in shown), None) if clients else None
@@ -27,7 +28,7 @@ def spread_table(section: Section) -> Table | None:
     table = Table(heads=heads + ([f"{METRICS[between]}: std over clients"] if between else []), num_words=2)
     for group in section.groups:
         for family in families[id(group)]:
-            own = "self" if family == group.runs[0].report_family and len(families[id(group)]) > 1 else ""
+            own = "self" if several and family == group.runs[0].report_family else ""
             cells: list[str | Cell] = [_cell(group, family, name) for name in shown]
             if between:
                 stds = [np.std(v, ddof=1) for v in _client_values(group, family, between) if len(v) > 1]
