@@ -70,7 +70,9 @@ class ClientStore:
             partition_ids = [int(folder.name) for folder in self.root.glob("[0-9]*")]
         several = []
         for partition_id in partition_ids:
-            for partial in (self.root / str(partition_id)).glob("*.partial*"):
+            if not (folder := self.root / str(partition_id)).is_dir():  # most methods keep nothing
+                continue
+            for partial in folder.glob("*.partial*"):
                 partial.unlink(missing_ok=True)
             versions = self.versions(partition_id)
             unread = [v for v, newer in pairwise(versions) if not any(v <= base < newer for base in bases)]
