@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from bench.flesd import write_parquet
-from bench.measure import Result, in_own_process, judge, median_interval
+from bench.measure import Result, by_sitting, in_own_process, judge
 from bench.memory import Peak, private_bytes
 
 from fedssl import run
@@ -21,15 +21,18 @@ from fedssl.config import compose
 
 SIDE = 8  # pixels
 IMAGES = 5  # of a client
-ROUNDS = 50
-WARM = 10  # rounds before memory is flat: imports, caches, allocator
-CASES = ((10_000, 100), (10_000, 50), (10_000, 200), (1_000, 100), (100_000, 100))  # registered clients, cohort
+LONG, MANY = (10_000, 100), (100_000, 100)  # registered clients, cohort: one run each, the first for its memory
+CASES = ((10_000, 50), (10_000, 100), (10_000, 200), (1_000, 100))  # compared, in turn
+SITTINGS = 4
+ROUNDS, LONG_ROUNDS = 16, 50
+COLD = 5  # rounds that do not count
+WARM = 10  # of the long run, before memory is flat: imports, caches, allocator
 GROWTH_MB = 20.0  # of the server's process from round 10 to 50
 LINEAR = 1.25  # cost per client with a cohort of 200 over that with 50
 REGISTERED = 1.25  # cost of a round with 10,000 registered over one with 1,000
 
 
-def one_run(registered: int, cohort: int) -> dict[str, Any]:
+def one_run(registered: int, cohort: int, rounds: int) -> dict[str, Any]:
     """Seconds and private memory of each round. For a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -41,7 +44,7 @@ def one_run(registered: int, cohort: int) -> dict[str, Any]:
             "data=parquet", f"data.root={root}", f"data.image_size={SIDE}", "partition=iid", "public.size=100",
             "strategy=fedavg", "+models.tiny._target_=fedssl.models.backbones.Conv4", "+models.tiny.width=4",
             "federation.families=[tiny]", f"federation.num_clients={registered}", f"federation.cohort_size={cohort}",
-            f"federation.num_rounds={ROUNDS}", "client.local_epochs=1", "evaluate.every=1000",
+            f"federation.num_rounds={rounds}", "client.local_epochs=1", "evaluate.every=1000",
             "evaluate.raw_pixels=false", f"run_dir={root}/run",
         ])  # fmt: skip
         sampled = Sampled(root / "run" / "metrics.jsonl")
@@ -77,34 +80,44 @@ class Sampled(Peak):
 
 
 def scale() -> Result:
-    """Each case once, in a process of its own."""
-    runs = {
-        f"{registered}/{cohort}": in_own_process(f"bench.scale.one_run({registered}, {cohort})")
-        for registered, cohort in CASES
-    }
-    warm = {name: one["seconds"][WARM:] for name, one in runs.items()}
-    medians = {name: median_interval(seconds)[0] for name, seconds in warm.items()}
-    memory = runs["10000/100"]["private_mb"]
+    """Runs in processes of their own: cases in turn, forwards and backwards, then that of many, then the long one."""
+    runs: dict[str, list[dict[str, Any]]] = {_name(case): [] for case in (*CASES, MANY)}
+    for sitting in range(SITTINGS):
+        for case in CASES if sitting % 2 == 0 else reversed(CASES):
+            runs[_name(case)].append(in_own_process(f"bench.scale.one_run{(*case, ROUNDS)}"))
+    runs[_name(MANY)].append(in_own_process(f"bench.scale.one_run{(*MANY, ROUNDS)}"))
+    long = in_own_process(f"bench.scale.one_run{(*LONG, LONG_ROUNDS)}")
+    warm = {name: [one["seconds"][COLD:] for one in sittings] for name, sittings in runs.items()}
+    medians = {name: float(np.median(seconds)) for name, seconds in warm.items()}
+    memory = long["private_mb"]
     growth = [later - memory[WARM] for later in memory[-WARM:]]
     bars = [judge("scale.growth_mb", growth, GROWTH_MB, "lower")]
     for name, dear, cheap, limit in (
         ("linear", "10000/200", "10000/50", LINEAR * 200 / 50),
         ("registered", "10000/100", "1000/100", REGISTERED),
     ):
-        ratios = [a / b for a, b in zip(warm[dear], warm[cheap], strict=True)]
-        bars.append(judge(f"scale.{name}", ratios, limit, "lower"))
+        bars.append(judge(f"scale.{name}", by_sitting(warm[dear], warm[cheap]), limit, "lower"))
     figures = {
         "unit": "seconds per round",
-        "rounds": ROUNDS,
         "runs": runs,
+        "long": long,
         "medians": medians,
         "ms_per_client": {name: 1000 * seconds / _cohort(name) for name, seconds in medians.items()},
         "server_cpu_ms_per_client": {  # without the last round, which evaluates
-            name: 1000 * (one["server_cpu_s"][-2] - one["server_cpu_s"][WARM]) / (ROUNDS - 2 - WARM) / _cohort(name)
-            for name, one in runs.items()
+            name: 1000 * float(np.median([_cpu_s(one["server_cpu_s"]) for one in sittings])) / _cohort(name)
+            for name, sittings in runs.items()
         },
     }
     return figures, bars
+
+
+def _name(case: tuple[int, int]) -> str:
+    return f"{case[0]}/{case[1]}"
+
+
+def _cpu_s(at_rounds: list[float]) -> float:
+    """Of a round."""
+    return (at_rounds[-2] - at_rounds[COLD]) / (len(at_rounds) - 2 - COLD)
 
 
 def _cohort(case: str) -> int:
@@ -124,7 +137,8 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         left.plot(*zip(*points, strict=True), marker=marker, label=f"{int(registered):,} registered")
     left.set(xlabel="cohort", ylabel="seconds per round", xlim=(0, None), ylim=(0, None))
     left.legend()
-    for name, one in figures["runs"].items():
+    last = {name: sittings[-1] for name, sittings in figures["runs"].items()}
+    for name, one in {**last, _name(LONG): figures["long"]}.items():
         registered, cohort = name.split("/")
         right.plot(
             range(1, len(one["private_mb"]) + 1), one["private_mb"], label=f"{int(registered):,}, cohort {cohort}"
