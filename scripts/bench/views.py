@@ -103,13 +103,13 @@ class Images(Dataset[Tensor]):
         return cast(Tensor, self.transform(self.images[index % BATCH]))
 
 
-def seconds(batch: Batch, device: torch.device = CPU) -> float:
-    """Per batch."""
+def seconds(batch: Batch, device: torch.device = CPU, num_views: int = BATCH) -> float:
+    """Per batch, which returns `num_views`."""
     wait(device)
     started = time.perf_counter()
     count = 0
     while time.perf_counter() - started < AT_LEAST_S:
-        assert batch().shape[1:] == (3, SIZE, SIZE)
+        assert batch().shape == (num_views, 3, SIZE, SIZE)
         count += 1
     wait(device)
     return (time.perf_counter() - started) / count
@@ -141,10 +141,11 @@ def on_device(device: torch.device, counts: Sequence[int] = ON_A_GPU) -> dict[st
     """Million views per second, by images a batch."""
     rates = {}
     for count in counts:
-        ways = {"torchvision_one_draw": torchvision_one_draw(count, device)}
+        ways = {"torchvision_one_draw": partial(seconds, torchvision_one_draw(count, device), device, count)}
         for colour in LIMITS:
-            ways |= {colour: ours(colour, count, device), f"{colour}_replayed": replayed(colour, count, device)}
-        times = interleaved({name: partial(seconds, batch, device) for name, batch in ways.items()})
+            ways[colour] = partial(seconds, ours(colour, count, device), device, count)
+            ways[f"{colour}_replayed"] = partial(seconds, replayed(colour, count, device), device, 1)  # hands out one
+        times = interleaved(ways)
         rates[str(count)] = {
             name: median_interval([count / second / 1e6 for second in values]) for name, values in times.items()
         }
