@@ -77,6 +77,14 @@ def ray_settings(workers: int | None = None) -> Any:
     )
 
 
+def flowers_backend(workers: int) -> dict[str, Any]:
+    """The `backend_config` of Flower's `run_simulation`: a fresh Ray on this machine with as many actors, no GPU."""
+    return {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"address": "local", "num_cpus": workers, "include_dashboard": False},
+    }
+
+
 def in_own_process(call: str) -> Any:
     """What `call`, e.g. "bench.memory.one_round('topk')", returns in a fresh process, as JSON."""
     module = call.partition("(")[0].rpartition(".")[0]

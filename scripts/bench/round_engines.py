@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from bench.measure import ray_settings
+from bench.measure import flowers_backend, ray_settings
 from bench.round_task import CNN, COHORT, NUM_CLIENTS, NUM_IMAGES, NUM_PARAMETERS, Clock, Task, arguments
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -228,10 +228,7 @@ def flower_stock(given: Namespace) -> None:
         server_app=app,
         client_app=stock_client_app(given.folder),
         num_supernodes=NUM_CLIENTS,
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"address": "local", "num_cpus": given.processes, "include_dashboard": False},
-        },
+        backend_config=flowers_backend(given.processes),
     )
     clocks[0].report()
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from bench.measure import Result, by_sitting, in_own_process, judge, ray_settings
+from bench.measure import Result, by_sitting, flowers_backend, in_own_process, judge, ray_settings
 from bench.memory import Peak, private_bytes
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -107,15 +107,11 @@ def flower() -> list[dict[str, float]]:
             time.sleep(0.1)
         done.extend(rounds(grid, Array.numpy))
 
-    cores = len(os.sched_getaffinity(0))
     run_simulation(
         server_app=app,
         client_app=flower_app(),
         num_supernodes=CLIENTS,
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"address": "local", "num_cpus": cores, "include_dashboard": False},
-        },
+        backend_config=flowers_backend(len(os.sched_getaffinity(0))),
     )
     return done
 
