@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
-from bench import packed, views  # noqa: E402
+from bench import packed, train, views  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -65,3 +65,16 @@ def test_views_are_measured_on_any_device(name: str, monkeypatch: pytest.MonkeyP
     ways = {"torchvision_one_draw", "exact", "exact_replayed", "linear", "linear_replayed"}
     assert rates.keys() == ways
     assert all(median > 0 for median, _ in rates.values())
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_training_is_measured_on_any_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "PAIRS", 2)
+    monkeypatch.setattr(train, "EPOCHS", {False: (2, 4)})
+    monkeypatch.setattr(train, "REPLAYED", {False: (3, 4)})
+    figures, bar = train.measure("conv4_16", torch.device(name))
+    assert bar.name == "train.conv4_16"
+    assert bar.bar == 0.75
+    assert figures["images"] == {"cpu": 2 * 4, "cuda": 3 * 4 * train.REPLAYED_EPOCHS}[name]
+    assert len(figures["bare_s"]) == len(figures["ours_s"]) == 2
+    assert bool(figures["launched_s"]) == (name == "cuda")

@@ -1,6 +1,7 @@
 """One epoch of a client, from uint8 images to trained weights, against the same model stepping on ready tensors."""
 
 import copy
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from bench.measure import Bar, Result, judge, median_interval, wait
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedssl import train as training
 from fedssl.config import compose, instantiate
+from fedssl.cuda_graph import Replayed, can_record
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
 from fedssl.methods import Method
@@ -21,11 +23,16 @@ from fedssl.models import Model, calibrate_batch_norm, feature_dim
 SIZE = 32  # pixels
 PAIRS = 15
 UNTIMED = 1  # pairs before them
-HALF_PAIRS = 5  # of full precision and bfloat16
+HALF_PAIRS = 3  # of full precision and bfloat16; and trainings whose steps are not replayed
 BARS = ((10e6, 0.90), (0.0, 0.75))  # (operations a view from which it holds, share of the bare loop)
 LARGE = 100e6  # operations a view from which an epoch has fewer and smaller batches: one takes seconds
 EPOCHS = {False: (16, 64), True: (4, 32)}  # large? -> steps, images a step
 ON_A_GPU = (16, 512)
+REPLAYED = {
+    False: (8, 512),
+    True: (8, 256),
+}  # on a GPU, by large?, with the default configuration: steps, images a step
+REPLAYED_EPOCHS = 4  # of ours, whose steps are recorded anew in each training, as the bare ones are
 PEAK = 4096  # side of the matrices whose product, in bfloat16, shows what a GPU can do
 
 
@@ -70,22 +77,44 @@ class Epoch:
         return time.perf_counter() - started
 
     def bare(self) -> float:
-        """Seconds of as many steps of the same sizes on random tensors that are on the device, in its best layout."""
+        """Seconds of as many steps of the same sizes on random tensors that are on the device, in its best layout.
+
+        They are replayed if ours are.
+        """
         model = copy.deepcopy(self.model).to(self.device).train()
-        optimiser, _ = self.optimisation.build(model.parameters(), total_steps=1, round_num=1, num_rounds=1)
+        replays = self.cuda_graphs and can_record(self.device)
+        optimiser, _ = self.optimisation.build(
+            model.parameters(), total_steps=1, round_num=1, num_rounds=1, recorded=replays
+        )
         state = self.method.new_state(model).to(self.device)
         x1, x2 = (self._random() for _ in range(2))
-        wait(self.device)
-        started = time.perf_counter()
-        for _ in range(len(self.images) // self.batch_size):
+        rows = torch.arange(self.batch_size, device=self.device)  # nobody reads them
+
+        def take(_rows: Tensor) -> dict[str, Tensor]:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 loss = self.method.loss(model, state, x1, x2)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             optimiser.zero_grad()
+            return {"loss": loss.detach()}
+
+        wait(self.device)
+        started = time.perf_counter()
+        steps = self.images_trained // self.batch_size
+        networks: tuple[nn.Module, ...] = (model, state)
+        replayed = Replayed(steps={self.batch_size: steps} if replays else {}, networks=networks, generators=())
+        for _ in range(steps):
+            loss = replayed(take, rows)["loss"]
         loss.item()
         wait(self.device)
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        replayed.end()
+        return seconds
+
+    @property
+    def images_trained(self) -> int:
+        """Of one call of either."""
+        return self.epochs * len(self.images)
 
     def _random(self) -> Tensor:
         x = torch.randn(self.batch_size, 3, SIZE, SIZE, device=self.device)
@@ -148,29 +177,36 @@ def train() -> Result:
     families: dict[str, Any] = {}
     bars: list[Bar] = []
     for family in compose([])["models"]:
-        one, cost = epoch(family, device)
-        pairs = [(one.bare(), one.ours()) for _ in range(UNTIMED + PAIRS)][UNTIMED:]
-        shares = [bare / ours for bare, ours in pairs]
-        limit = next(limit for least, limit in BARS if cost >= least)
-        bars.append(judge(f"train.{family}", shares, limit, "higher"))
-        images = len(one.images)
-        half = replace(one, amp=not one.amp)
-        half.ours()
-        others = [(one.ours(), half.ours()) for _ in range(HALF_PAIRS)]
-        faster = [a / b if half.amp else b / a for a, b in others]
-        replayed = replace(one, cuda_graphs=True)
-        replays = [replayed.ours() for _ in range(UNTIMED + HALF_PAIRS)][UNTIMED:] if device.type == "cuda" else []
-        families[family] = {
-            "replayed_s": replays,
-            "mflop_a_view": cost / 1e6,
-            "images": images,
-            "batch_size": one.batch_size,
-            "bare_s": [bare for bare, _ in pairs],
-            "ours_s": [ours for _, ours in pairs],
-            "bfloat16_times_faster": median_interval(faster),
-            "images_per_s": median_interval([images / ours for _, ours in pairs]),
-            "gflop_per_s": median_interval([6 * images * cost / ours / 1e9 for _, ours in pairs])[0],
-        }
-    figures = {"unit": "seconds per epoch", "pairs": PAIRS, "device": str(device), "families": families}
+        families[family], bar = measure(family, device)
+        bars.append(bar)
+        print(f"{bar.name}: {bar.ratio:.2f}", file=sys.stderr, flush=True)
+    figures = {"unit": "seconds per training", "pairs": PAIRS, "device": str(device), "families": families}
     figures["peak_gflop_per_s"] = peak_gflop_per_s(device)
     return figures, bars
+
+
+def measure(family: str, device: torch.device) -> tuple[dict[str, Any], Bar]:
+    """Of a client's training on `device` with the default configuration: one epoch, some where steps are replayed."""
+    one, cost = epoch(family, device)
+    if replays := compose([])["client"]["cuda_graphs"] and can_record(device):
+        one = replace(epoch(family, device, REPLAYED[cost >= LARGE])[0], cuda_graphs=True, epochs=REPLAYED_EPOCHS)
+    pairs = [(one.bare(), one.ours()) for _ in range(UNTIMED + PAIRS)][UNTIMED:]
+    shares = [bare / ours for bare, ours in pairs]
+    limit = next(limit for least, limit in BARS if cost >= least)
+    images = one.images_trained
+    half = replace(one, amp=not one.amp)
+    half.ours()
+    others = [(one.ours(), half.ours()) for _ in range(HALF_PAIRS)]
+    faster = [a / b if half.amp else b / a for a, b in others]
+    launched = replace(one, cuda_graphs=False)  # every step by itself
+    return {
+        "mflop_a_view": cost / 1e6,
+        "images": images,
+        "batch_size": one.batch_size,
+        "bare_s": [bare for bare, _ in pairs],
+        "ours_s": [ours for _, ours in pairs],
+        "launched_s": [launched.ours() for _ in range(UNTIMED + HALF_PAIRS)][UNTIMED:] if replays else [],
+        "bfloat16_times_faster": median_interval(faster),
+        "images_per_s": median_interval([images / ours for _, ours in pairs]),
+        "gflop_per_s": median_interval([6 * images * cost / ours / 1e9 for _, ours in pairs])[0],
+    }, judge(f"train.{family}", shares, limit, "higher")
