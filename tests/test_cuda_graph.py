@@ -277,13 +277,13 @@ TARGETS = {"ce": RowMean(), "cka": MeanKernel(), "coordinates": MeanKernel()}
 @pytest.mark.parametrize("warmup", ["once", "every_epoch"])
 @pytest.mark.parametrize("loss", TARGETS)
 def test_replayed_distillation_is_the_ordinary_one(replays: list[None], loss: str, warmup: str) -> None:
-    """Batches of 16: with batch norm over four images, a learning rate that rounds differently moves every digit."""
+    """Batches of 16 and a low rate: rounded differently, one moves the loss by 5e-7 (.05: by up to 5 %), 1 % by 1e-3."""
     if loss != "ce" and warmup != "once":
         pytest.skip("no queue")
     images, results = test_distill.image_set(64, size=8), []
     numbers = replace(
         test_distill.NUMBERS, epochs=8, batch_size=16, queue_size=32, loss=loss, warmup=warmup, num_coordinates=4,
-        optimisation=replace(test_distill.SGD, lr=0.05, schedule="cosine"),
+        optimisation=replace(test_distill.SGD, lr=0.005, schedule="cosine"),
     )  # fmt: skip
     for cuda_graphs in (False, True):
         student = test_distill.conv_student()
