@@ -1,8 +1,11 @@
 """Views against torchvision given the same draws, closed forms, and properties of the draws."""
 
 import math
+import os
 import pickle
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torchvision.transforms.v2 import functional as tv
 import fedssl.data.views as views_package
 from fedssl.data.views import ColourDraw, ColourViews, GeometricDraw, GeometricViews, ShiftDraw, ShiftViews, Views
 from fedssl.data.views.blur import gaussian_blur
+from fedssl.data.views.colour import _can_fuse_on
 from fedssl.data.views.fused import GRAIN
 from fedssl.data.views.jitter import CONTRAST, HUE, linear_jitter, shift_hue
 from fedssl.errors import ConfigError
@@ -526,6 +530,134 @@ def test_shifts_that_are_none_are_refused(wrong: dict[str, Any], message: str) -
         shifted(**wrong)
 
 
+# -- the GPU's kernels, interpreted ------------------------------------------------------------------------------------
+
+INTERPRET = """
+import sys
+import torch
+from fedssl.data.views import fused_gpu
+
+draws, views = torch.load(sys.argv[1], weights_only=False)
+rngs = [torch.Generator().manual_seed(1) for _ in draws]
+torch.save(
+    {
+        "draws": [fused_gpu.draw_colour_views(*call, rng) for call, rng in zip(draws, rngs)],
+        "states": [rng.get_state() for rng in rngs],
+        "views": [fused_gpu.colour_views(*call, **options) for *call, options in views],
+        "agree": [fused_gpu.agree(call[0], torch.device("cpu")) for call in draws],
+    },
+    sys.argv[1],
+)
+"""
+
+
+def interpreted(path: Path, *, draws: Sequence[Any] = (), views: Sequence[Any] = ()) -> dict[str, Any]:
+    """What the kernels' Python says on a CPU; in a process of its own, for Triton has to know before it is imported."""
+    pytest.importorskip("triton", reason="comes with torch on Linux")
+    torch.save((draws, views), path)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", INTERPRET, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(path, weights_only=False)
+    return found
+
+
+def test_gpu_kernel_draws_the_same(tmp_path: Path) -> None:
+    calls = [
+        (colour(blur_probability=0.5), 300, (32, 32)),
+        (colour(jitter_probability=0.5, flip_probability=1, grayscale_probability=0), 300, (31, 7)),
+        (colour(crop_scale=[0.9, 1.0]), 100, (4, 300)),  # hardly any box fits
+    ]
+    found = interpreted(tmp_path / "calls.pt", draws=calls)
+    for (views, b, size), draw, state in zip(calls, found["draws"], found["states"], strict=True):
+        rng = seeded(1)
+        for name, value in vars(views.draw(b, size, rng)).items():
+            torch.testing.assert_close(getattr(draw, name), value, rtol=1e-6, atol=1e-7)
+        assert torch.equal(rng.get_state(), state)
+    assert found["agree"] == [True] * len(calls)
+
+
+SIZES = [
+    (32, 32, 32),
+    (20, 31, 33),
+    (64, 50, 24),
+    (8, 8, 8),
+    (1, 1, 5),
+    (5, 1, 3),
+    (7, 3, 1),
+]  # height, width; a view's
+
+
+def test_gpu_kernel_computes_the_same(tmp_path: Path) -> None:
+    calls, expected = [], []
+    for kind in ("exact", "linear"):
+        for height, width, size in SIZES:
+            views = colour(
+                image_size=size, hue=0.5, colour=kind, blur_kernel=1, mean=[0, 0.1, 0.2], std=[1, 1, 1], kernel="torch"
+            )
+            images = varied_images(8, height, width)
+            draw = views.draw(len(images), (height, width), seeded(1))
+            calls.append((images, draw, gpu_options(views)))
+            expected.append(views.apply(images, draw))
+    for out, wanted in zip(interpreted(tmp_path / "calls.pt", views=calls)["views"], expected, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_neutral_draw_through_the_gpu_kernel_is_the_plain_transform_bit_for_bit(tmp_path: Path) -> None:
+    images = varied_images(8, 16, 16)
+    kinds = [colour(colour=kind) for kind in ("exact", "linear")]
+    calls = [(images, neutral_draw(8, 16, 16), gpu_options(views)) for views in kinds]
+    for out in interpreted(tmp_path / "calls.pt", views=calls)["views"]:
+        assert torch.equal(out, kinds[0].plain(images))
+
+
+def gpu_options(views: ColourViews) -> dict[str, Any]:
+    scale, shift = views.scale_and_shift()
+    return {"image_size": views.image_size, "linear": views.colour == "linear", "scale": scale, "shift": shift}
+
+
+def test_without_working_kernels_a_gpu_takes_tensor_operations_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "fedssl.data.views.fused_gpu", None)  # as where Triton is not there
+    views = colour(hue=0.123)  # not asked for before
+    assert not _can_fuse_on(torch.device("cuda"), views)
+    assert "no kernels on cuda, tensor operations take their place: ModuleNotFoundError" in caplog.text
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fedssl.data.views import fused_gpu
+
+TYPES = {"numbers": "*fp32", "box": "*i64", "flip": "*i1", "order": "*i64", "factors": "*fp32", "grayscale": "*i1",
+         "sigma": "*fp32", "images": "*u8", "out": "*fp32", "b": "i32", "height": "i32", "width": "i32",
+         "largest_height": "i32", "largest_width": "i32"}
+
+def compiled(kernel, **constants):
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "fp32") for name in kernel.arg_names}
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(ASTSource(kernel, signature, constants), target=target, options={"enable_fp_fusion": False})
+
+assert compiled(fused_gpu._draw, IMAGES=128).asm["cubin"]
+for linear in (False, True):
+    constants = dict(HEIGHT=20, WIDTH=31, SIZE=33, TAPS=2, PIXELS=2048, LINEAR=linear)
+    assert compiled(fused_gpu._view, **constants).asm["cubin"]
+"""
+
+
+def test_gpu_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    pytest.importorskip("triton", reason="comes with torch on Linux")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
@@ -546,3 +678,26 @@ def test_gpu_needs_no_synchronisation_and_agrees(choice: str, overrides: dict[st
     draw = views.draw(64, *size, seeded())
     on_gpu = replace(draw, **{k: v.cuda() for k, v in vars(draw).items() if isinstance(v, Tensor)})
     torch.testing.assert_close(views.apply(images, on_gpu).cpu(), views.apply(images.cpu(), draw), rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_gpu_kernel_draws_as_tensor_operations_do_there() -> None:
+    views, rngs = colour(blur_probability=0.5), [torch.Generator("cuda").manual_seed(1) for _ in range(2)]
+    draw, expected = views.draw(2000, (32, 32), rngs[0]), replace(views, kernel="torch").draw(2000, (32, 32), rngs[1])
+    for name, value in vars(expected).items():
+        if name == "box":  # a side may lie in the middle between two pixels
+            assert (getattr(draw, name) != value).any(dim=1).sum() <= 2
+        else:
+            torch.testing.assert_close(getattr(draw, name), value, rtol=1e-6, atol=1e-6)
+    assert torch.equal(rngs[0].get_state(), rngs[1].get_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["exact", "linear"])
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (20, 31, 33), (64, 50, 24), (224, 224, 64)])
+def test_gpu_kernel_and_tensor_operations_agree_there(kind: str, height: int, width: int, size: int) -> None:
+    views = colour(image_size=size, hue=0.5, colour=kind, blur_probability=0.5, mean=[0, 0.1, 0.2], std=[1, 1, 1])
+    images = varied_images(200, height, width)
+    draw = views.draw(len(images), (height, width), seeded(1))
+    on_gpu = replace(draw, **{name: value.cuda() for name, value in vars(draw).items()})
+    torch.testing.assert_close(views.apply(images.cuda(), on_gpu).cpu(), views.apply(images, draw), rtol=0, atol=1e-5)

@@ -46,9 +46,9 @@ def ours(colour: str, count: int = BATCH, device: torch.device = CPU) -> Batch:
     return lambda: cast(Tensor, views(images, rng))
 
 
-def replayed(colour: str, count: int, device: torch.device) -> Batch:
+def replayed(colour: str, count: int, device: torch.device, kernel: str = "fused") -> Batch:
     """The same as a training takes them on a GPU by default: picked by position, recorded once and replayed."""
-    views = instantiate(compose([*SETTINGS, f"views.colour={colour}"])["views"])
+    views = instantiate(compose([*SETTINGS, f"views.colour={colour}", f"views.kernel={kernel}"])["views"])
     images, rng = pixels(count).to(device), torch.Generator(device).manual_seed(0)
     rows = torch.arange(count, device=device)
     steps = Replayed(steps={count: WORTH} if can_record(device) else {}, networks=(), generators=(rng,))
@@ -144,7 +144,9 @@ def on_device(device: torch.device, counts: Sequence[int] = ON_A_GPU) -> dict[st
         ways = {"torchvision_one_draw": partial(seconds, torchvision_one_draw(count, device), device, count)}
         for colour in LIMITS:
             ways[colour] = partial(seconds, ours(colour, count, device), device, count)
-            ways[f"{colour}_replayed"] = partial(seconds, replayed(colour, count, device), device, 1)  # hands out one
+            for kernel, name in (("fused", "replayed"), ("torch", "operations")):
+                batch = replayed(colour, count, device, kernel)
+                ways[f"{colour}_{name}"] = partial(seconds, batch, device, 1)  # hands out one
         times = interleaved(ways)
         rates[str(count)] = {
             name: median_interval([count / second / 1e6 for second in values]) for name, values in times.items()

@@ -4,8 +4,10 @@ Chen et al. 2020, section 2.1 and appendix A, https://arxiv.org/abs/2002.05709. 
 are FLESD's for CIFAR (https://arxiv.org/abs/2109.14611), which leave out the blur.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -17,6 +19,9 @@ from fedssl.data.views.crop import draw_boxes, resized_crop
 from fedssl.data.views.jitter import HUE, jitter_, linear_jitter, luma
 from fedssl.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+LARGEST_ON_GPU = 64  # pixels of a view's side that fit into a multiprocessor's registers
 CHUNK = 2**18  # floats of a chunk of views on the CPU: what stays in its cache from one operation to the next
 
 
@@ -68,8 +73,9 @@ class ColourViews(Normalisation):
         blur_sigma: in pixels, from and to.
         blur_kernel: odd number of pixels; SimCLR takes a tenth of the image size.
         colour: "exact" or "linear".
-        kernel: "fused" compiles all steps of an image into one on the CPU; "torch" takes tensor operations for the
-            whole batch, as other devices do in any case. Same draws; values agree within 1e-5 of white.
+        kernel: "fused" compiles all steps of an image into one, on the CPU and, up to 64 pixels and but for the blur,
+            on NVIDIA's GPUs; "torch" takes tensor operations for the whole batch, as other devices do in any case.
+            Same draws; values agree within 1e-5 of white.
     """
 
     image_size: int
@@ -114,6 +120,12 @@ class ColourViews(Normalisation):
                 f"Change views.kernel."
             )
 
+    @property
+    def factor_ranges(self) -> list[tuple[float, float]]:
+        """From and to, of brightness, contrast, saturation and hue."""
+        widths = (self.brightness, self.contrast, self.saturation)
+        return [*((max(0.0, 1 - width), 1 + width) for width in widths), (-self.hue, self.hue)]
+
     def __call__(self, images: UInt8[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 s s"]:
         """One random view of each image; see Views."""
         return self.apply(images, self.draw(len(images), images.shape[2:], generator))
@@ -123,17 +135,13 @@ class ColourViews(Normalisation):
 
         The draw lies on the generator's device.
         """
+        if self.kernel == "fused" and _can_fuse_on(generator.device, self):
+            from fedssl.data.views.fused_gpu import draw_colour_views
+
+            return draw_colour_views(self, b, size, generator)
         uniform = Uniform(b, generator)
         box = draw_boxes(uniform, size[0], size[1], self.crop_scale, self.crop_ratio)
-        factors = torch.stack(
-            [
-                uniform.between(max(0.0, 1 - self.brightness), 1 + self.brightness),
-                uniform.between(max(0.0, 1 - self.contrast), 1 + self.contrast),
-                uniform.between(max(0.0, 1 - self.saturation), 1 + self.saturation),
-                uniform.between(-self.hue, self.hue),
-            ],
-            dim=1,
-        )
+        factors = torch.stack([uniform.between(low, high) for low, high in self.factor_ranges], dim=1)
         neutral = torch.ones_like(factors)
         neutral[:, HUE] = 0
         jittered = uniform.happens(self.jitter_probability)
@@ -149,26 +157,39 @@ class ColourViews(Normalisation):
 
     def apply(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
         """The views that `draw` describes, normalised; a pure function."""
-        if images.device.type != "cpu":
-            return self._apply(images, draw)
-        if self.kernel == "fused":
-            from fedssl.data.views.fused import colour_views  # numba takes a while to import, and a GPU needs none
-
-            scale, shift = self.scale_and_shift()
-            return colour_views(
-                images,
-                draw,
-                image_size=self.image_size,
-                linear=self.colour == "linear",
-                blur_kernel=self.blur_kernel,
-                scale=scale,
-                shift=shift,
-            )
-        size = max(1, CHUNK // (3 * self.image_size**2))
+        on_cpu = images.device.type == "cpu"
+        if self.kernel == "fused" and on_cpu:
+            return self._fused_on_cpu(images, draw)
+        if self.kernel == "fused" and _can_fuse_on(images.device, self):
+            return self._fused_on_gpu(images, draw)
+        size = max(1, CHUNK // (3 * self.image_size**2)) if on_cpu else len(images)
         chunks = [slice(start, start + size) for start in range(0, len(images), size)]
-        return torch.cat([self._apply(images[rows], draw[rows]) for rows in chunks])
+        return torch.cat([self._unfused(images[rows], draw[rows]) for rows in chunks])
 
-    def _apply(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
+    def _fused_on_cpu(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
+        from fedssl.data.views.fused import colour_views  # numba takes a while to import, and a GPU needs none
+
+        scale, shift = self.scale_and_shift()
+        linear = self.colour == "linear"
+        return colour_views(
+            images, draw, image_size=self.image_size, linear=linear, blur_kernel=self.blur_kernel, scale=scale,
+            shift=shift,
+        )  # fmt: skip
+
+    def _fused_on_gpu(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
+        from fedssl.data.views.fused_gpu import colour_views  # as triton does
+
+        linear = self.colour == "linear"
+        if self.blur_probability == 0:
+            scale, shift = self.scale_and_shift()
+            return colour_views(images, draw, image_size=self.image_size, linear=linear, scale=scale, shift=shift)
+        nothing = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+        pixels = colour_views(
+            images, draw, image_size=self.image_size, linear=linear, scale=nothing[0], shift=nothing[1]
+        )
+        return self.normalise_(gaussian_blur(pixels, draw.blur_sigma, self.blur_kernel))
+
+    def _unfused(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
         with torch.autocast(images.device.type, enabled=False):  # the crop is a matrix product: keep it in float32
             pixels = resized_crop(images, draw.box, draw.flip, self.image_size)
             if self.colour == "linear":
@@ -179,3 +200,20 @@ class ColourViews(Normalisation):
             if self.blur_probability > 0:
                 pixels = gaussian_blur(pixels, draw.blur_sigma, self.blur_kernel)
             return self.normalise_(pixels)
+
+
+@lru_cache
+def _can_fuse_on(device: torch.device, views: ColourViews) -> bool:
+    """Whether the kernels for GPUs work there; compiles them."""
+    if device.type != "cuda" or views.image_size > LARGEST_ON_GPU:
+        return False
+    try:
+        from fedssl.data.views.fused_gpu import agree
+
+        if agree(views, device):
+            return True
+        reason = "they give other views"
+    except Exception as error:  # of an import, of a compiler, of the device
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    log.warning("views.kernel=fused: no kernels on %s, tensor operations take their place: %s", device, reason)
+    return False

@@ -30,7 +30,7 @@ def draw_boxes(
     area = uniform.columns(scale[0], scale[1], NUM_ATTEMPTS) * (height * width)
     aspect = uniform.columns(math.log(ratio[0]), math.log(ratio[1]), NUM_ATTEMPTS).exp()
     heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    last_resort = _largest_box(height, width, ratio)
+    last_resort = largest_box(height, width, ratio)
     heights = torch.nn.functional.pad(heights, (0, 1), value=last_resort[0])
     widths = torch.nn.functional.pad(widths, (0, 1), value=last_resort[1])
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
@@ -78,6 +78,6 @@ def _resampling(
     return weight.div_(weight.sum(dim=2, keepdim=True))
 
 
-def _largest_box(height: int, width: int, ratio: Sequence[float]) -> tuple[int, int]:
+def largest_box(height: int, width: int, ratio: Sequence[float]) -> tuple[int, int]:
     """(height, width) of the largest box whose ratio is allowed; at least one pixel."""
     return max(1, min(height, round(width / ratio[0]))), max(1, min(width, round(height * ratio[1])))
