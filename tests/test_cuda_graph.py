@@ -277,7 +277,7 @@ TARGETS = {"ce": RowMean(), "cka": MeanKernel(), "coordinates": MeanKernel()}
 @pytest.mark.parametrize("warmup", ["once", "every_epoch"])
 @pytest.mark.parametrize("loss", TARGETS)
 def test_replayed_distillation_is_the_ordinary_one(replays: list[None], loss: str, warmup: str) -> None:
-    """Batches of 16 and a low rate: rounded differently, one moves the loss by 5e-7 (.05: by up to 5 %), 1 % by 1e-3."""
+    """Batches of 16, a low rate: rounded differently it moves losses by 5e-7 (.05: by 5 %), off by 1 % by 1e-3."""
     if loss != "ce" and warmup != "once":
         pytest.skip("no queue")
     images, results = test_distill.image_set(64, size=8), []

@@ -310,11 +310,14 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
                 f"{name} {percent(result['measured']) if result and is_measured(result) else ''}".strip()
                 for name, result in zip(ordering["rows"], found, strict=True)
             )
+            idle = [result["name"] for result in known if result["measured"] <= (untrained(result) or 0)]
             said = "holds" if all(a < b for a, b in pairwise(values)) else "does not hold"
             if len(known) < len(found):
                 said = "not measured"
-            elif idle := [r["name"] for r in known if r["measured"] <= (untrained(r) or 0)]:
+            elif set(idle) - {chosen[0].name}:  # the last may have learned nothing, if the others have
                 said = f"says nothing, no better than untrained: {', '.join(idle)}"
+            elif idle:
+                said += f", though {idle[0]} is no better than untrained"
             size = f" (shrunken, CPU{_other_data(table, chosen)})" if shrunken else ""
             out.append(f"{ordering['what']}{size}: {chain}: {said}")
     return out
