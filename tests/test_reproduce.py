@@ -886,13 +886,19 @@ def test_a_rehearsal_measures_rows_and_a_failure_ends_none_of_the_others(tiny: P
 def test_why_a_row_could_not_be_measured_is_said_at_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """And where its images are looked for."""
     entry = tiny_row("imageless", "strategy=fedavg", "data=cifar10")
-    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    another = {**entry, "name": "another"}
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry, another], "orderings": []}))
+    (tiny.parent / "nowhere").mkdir()
     arguments = ["--rows", str(tiny), "--data", str(tiny.parent / "nowhere"), "--work", str(tiny.parent / "w")]
     why = r"error: data=cifar10: the train split is neither in data\.root=.*nowhere .*\(Here data\.root is --data\.\)"
     assert reproduce.main(["imageless", "--cpu", *arguments, "-o", str(tiny.parent / "result.json")]) == 2
     assert re.search(f"^{why}$", capfd.readouterr().err)
     assert gpu_acceptance.main([*arguments, "--out", str(tiny.parent / "o"), "--dry", "--parts", "rows"]) == 1
-    assert re.search(f"^row imageless: exit code 2, {why}$", capfd.readouterr().out, re.MULTILINE)
+    out = capfd.readouterr().out
+    assert re.search(f"^row imageless: exit code 2, {why}$", out, re.MULTILINE)
+    assert out.endswith("row another: passed over, as imageless was refused with data=cifar10\n")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_acceptance.main([*arguments, "--data", str(tiny.parent / "missing")])
 
 
 @pytest.mark.slow
@@ -1056,7 +1062,7 @@ def test_gpu_tests_run_once_with_the_same_code(tiny: Path, monkeypatch: pytest.M
 def test_a_benchmark_that_is_too_long_starves_no_other(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It takes 300 s, the others 10; a sitting's share is 200."""
+    """It takes 300 s, the others 10; nothing follows, so a sitting is theirs."""
     clock = [1000.0]
     ran: list[str] = []
 
@@ -1080,14 +1086,58 @@ def test_a_benchmark_that_is_too_long_starves_no_other(
         assert gpu_acceptance.main([*arguments, *more]) == 0
         return list(ran)
 
-    assert sitting(400) == ["views"]
+    assert sitting(200) == ["views"]
     shutil.rmtree(tiny.parent / "w")  # what came back is enough
-    assert sitting(400) == ["train", "round"]
+    assert sitting(200) == ["train", "round"]
     assert "benchmark views: passed over, 200 s were not enough and 180 s are left" in capsys.readouterr().out
-    assert sitting(430) == []
-    assert sitting(700) == ["views"]
+    assert sitting(215) == []
+    assert sitting(350) == ["views"]
     results = json.loads((tiny.parent / "o" / "benchmarks.json").read_text())
     assert results.keys() == {"benchmark-views", "benchmark-train", "benchmark-round"}
+
+
+def test_a_benchmark_that_was_interrupted_keeps_what_it_measured_and_is_taken_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
+        limits.append(limit)
+        log.write_text(json.dumps({"figures": {"not_measured": ["vit_tiny"] if limit < 100 else []}}))
+        return gpu_acceptance.Part(name=name, command=[], code=0, interrupted=limit < 100, seconds=1.0, tail="")
+
+    monkeypatch.setattr(gpu_acceptance, "run", run)
+    arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
+
+    def sitting(seconds: int) -> Any:
+        more = ["--parts", "benchmarks", "--benchmarks", "train", "--seconds", str(seconds)]
+        assert gpu_acceptance.main([*arguments, *more]) == 0
+        return json.loads((tiny.parent / "o" / "benchmarks.json").read_text())["benchmark-train"]
+
+    assert sitting(90)["figures"]["not_measured"] == ["vit_tiny"]
+    assert sitting(90)["figures"]["not_measured"] == ["vit_tiny"]  # not tried again with as much time
+    assert sitting(200)["figures"]["not_measured"] == []
+    assert sitting(300)["figures"]["not_measured"] == []
+    assert [round(limit) for limit in limits] == [90, 200]
+
+
+def test_parts_share_the_time_with_those_that_follow(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {}
+
+    def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
+        limits[name] = round(limit)
+        log.write_text("{}")
+        return gpu_acceptance.Part(name=name, command=[], code=0, interrupted=False, seconds=1.0, tail="")
+
+    monkeypatch.setattr(gpu_acceptance, "run", run)
+    arguments = ["--dry", "--rows", str(tiny), "--benchmarks", "train", "--seconds", "400"]
+    for i, parts in enumerate(("tests,benchmarks,rows", "tests,benchmarks")):
+        folders = ["--out", str(tiny.parent / f"o{i}"), "--work", str(tiny.parent / f"w{i}")]
+        gpu_acceptance.main([*arguments, *folders, "--parts", parts, "--names", "averaged"])
+        limits |= {f"{name} {i}": limits.pop(name) for name in ("tests", "benchmark train")}
+    assert limits == {
+        "row averaged": 400, "tests 0": 100, "benchmark train 0": 200, "tests 1": 100, "benchmark train 1": 400
+    }  # fmt: skip
 
 
 def test_the_digest_of_the_code_is_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

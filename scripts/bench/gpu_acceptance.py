@@ -6,11 +6,12 @@
 Called again with the same --work it goes on where it was: rows go on from their checkpoints, and what has a result in
 --out, or in benchmarks/results, is not measured again; nor are the tests run again with the same code on the same
 machine, unless their time was up. A benchmark, or the tests, whose time was up is passed over until a tenth more is
-offered; benchmarks that were not tried come before one that was. No part ends a later one: each is a process of its
-own with a limit, and its exit code, seconds and the end of its output are noted. --out holds at most 8 files of at most
-16 MiB: acceptance.json (machine, parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them
-over), benchmarks.json, log.txt (the end of each part's output). Checkpoints stay in --work, which has to outlive the
-sitting. One process at a time has --work, and one --out (its lock is a file beside that folder).
+offered (of `train` what it measured until then is kept); benchmarks that were not tried come before one that was. No
+part ends a later one: each is a process of its own with a limit, and its exit code, seconds and the end of its output
+are noted. --out holds at most 8 files of at most 16 MiB: acceptance.json (machine, parts), rows.json (results, also
+unfinished ones: `scripts/reproduce --add` takes them over), benchmarks.json, log.txt (the end of each part's output).
+Checkpoints stay in --work, which has to outlive the sitting. One process at a time has --work, and one --out (its lock
+is a file beside that folder).
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
@@ -52,10 +53,11 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "benchmarks", "rows")
 # Shortest first. The others measure the CPU only, or, flesd, against it; `compiled` takes longer than a sitting.
 BENCHMARKS = ("probe", "views", "packed", "train")
-SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left; rows have the rest
+SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left, if rows follow, which have the rest
 STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
 INTERRUPTED = 130
+REFUSED = 2  # bad input
 REFRESH = 10.0  # seconds after which --out is written again while a part runs: whatever ends this process, it is there
 MORE = 1.1  # times the seconds that were not enough are worth another try
 GRACE = 10.0  # seconds in which an interrupted part may write what it has
@@ -89,6 +91,7 @@ NEEDED = {  # module -> package, for whom
     "safetensors": "safetensors: rows",
     "tensorboard": "tensorboard: rows",
     "torchvision": "torchvision: rows",
+    "triton": "triton, which comes with torch on Linux: rows (slower without)",
     "yaml": "pyyaml: rows",
     "pytest": "pytest: tests",
     "pytest_timeout": "pytest-timeout: tests",
@@ -251,6 +254,11 @@ class Acceptance:
         """Seconds."""
         return self.deadline - time.monotonic()
 
+    def share(self, part: str) -> float:
+        """Seconds for a part: all that is left to the last one."""
+        followed = any(later in self.args.parts for later in PARTS[PARTS.index(part) + 1 :])
+        return (SHARES[part] if followed else 1.0) * self.left
+
     @property
     def futile_path(self) -> Path:
         """Of what was not enough for which part."""
@@ -301,7 +309,7 @@ class Acceptance:
             return
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors"]  # a module may need a package that is not there
-        limit = SHARES["tests"] * self.left
+        limit = self.share("tests")
         if not self.worth("tests", limit):
             return
         self.run("tests", [*command, *(["--collect-only"] if self.args.dry else [])], limit)
@@ -313,12 +321,13 @@ class Acceptance:
 
     def benchmarks(self) -> None:
         """Those that say something here and have no result yet, within their share of the time."""
-        until = time.monotonic() + SHARES["benchmarks"] * self.left
+        until = time.monotonic() + self.share("benchmarks")
         usual = [name for name in BENCHMARKS if not (self.args.dry and name == "packed")]  # which needs a GPU
         names = self.args.benchmarks.split(",") if self.args.benchmarks else usual
         for name in sorted(names, key=lambda name: self.futile.get(f"benchmark {name}", 0.0)):
             there = (SCRIPTS / "bench" / f"{name}.py").is_file()
-            done = (self.results / f"benchmark-{name}.json").is_file()
+            kept = self.results / f"benchmark-{name}.json"
+            done = kept.is_file() and _is_whole(json.loads(kept.read_text()))
             limit = until - time.monotonic()
             if there and not done and limit > LAST and self.worth(f"benchmark {name}", limit):
                 command = [sys.executable, str(SCRIPTS / "benchmark.py"), name]
@@ -327,16 +336,24 @@ class Acceptance:
                 with contextlib.suppress(ValueError):  # it did not come to its end
                     text = log.read_text()
                     result = json.loads(text[text.index("{") :])
-                    _write(self.results / f"benchmark-{name}.json", json.dumps(result, indent=2))
-                    ended = True
+                    _write(kept, json.dumps(result, indent=2))
+                    ended = _is_whole(result)
                 if not ended:
                     self.remember(f"benchmark {name}", limit)
                 self.write()
 
     def rows(self) -> None:
-        """The next ones without a result, in the table's order, until the time is up; one that fails is passed over."""
+        """The next ones without a result, in the table's order, until the time is up; one that fails is passed over.
+
+        So are those on the same data as one that was refused as bad input: each would take seconds to be refused.
+        """
+        refused: dict[tuple[str, ...], str] = {}
         for name in self.names:
             row = self.table.row(name)
+            data = tuple(override for override in row.overrides if override.startswith(("experiment=", "data=")))
+            if data in refused:
+                print(f"row {name}: passed over, as {refused[data]} was refused with {' '.join(data)}", flush=True)
+                continue
             file = row.file(self.args.dry)
             known = read_results(self.table, *([] if self.args.dry else [rows.RESULTS]), self.results)
             if rows.is_measured(known.get(file)):
@@ -351,6 +368,8 @@ class Acceptance:
             command += ["-o", str(kept.resolve())]
             command += ["--data", str(Path(self.args.data).resolve())] if self.args.data else []
             self.run(f"row {name}", [*command, *(["--cpu"] if self.args.dry else [])], self.left)
+            if self.parts[-1].code == REFUSED:
+                refused[data] = name
 
     def run(self, name: str, command: Sequence[str], limit: float) -> Path:
         """One process, noted; its output."""
@@ -397,6 +416,11 @@ class Acceptance:
         _write(out / "log.txt", text[-MAX_LOG // 4 :])  # a character has at most 4 bytes
 
 
+def _is_whole(result: dict[str, Any]) -> bool:
+    """Whether a benchmark measured all it names; one that is interrupted may write what it has."""
+    return not result.get("figures", {}).get("not_measured")
+
+
 def _left(path: Path) -> dict[str, Any]:
     """What an earlier sitting wrote there, if anything."""
     found = rows.read_json(path) if path.is_file() else {}
@@ -435,6 +459,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     there = sorted(path.stem for path in (SCRIPTS / "bench").glob("*.py"))
     if unknown := set(args.benchmarks.split(",") if args.benchmarks else ()) - set(there):
         parser.error(f"--benchmarks has {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    if args.data and not Path(args.data).is_dir():
+        parser.error(f"--data is to be the folder that holds the data sets, and {args.data} is none")
     if not args.seconds > 0:
         parser.error(f"--seconds must be above 0, got {args.seconds}")
     return args

@@ -174,15 +174,26 @@ def train() -> Result:
     """Every family, on the GPU where there is one, else with one thread, as a worker has it."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = list(compose([])["models"])
+    peak = peak_gflop_per_s(device)
     families: dict[str, Any] = {}
     bars: list[Bar] = []
-    for family in compose([])["models"]:
-        families[family], bar = measure(family, device)
-        bars.append(bar)
-        print(f"{bar.name}: {bar.ratio:.2f}", file=sys.stderr, flush=True)
-    figures = {"unit": "seconds per training", "pairs": PAIRS, "device": str(device), "families": families}
-    figures["peak_gflop_per_s"] = peak_gflop_per_s(device)
-    return figures, bars
+    try:
+        for family in wanted:
+            families[family], bar = measure(family, device)
+            bars.append(bar)
+            print(f"{bar.name}: {bar.ratio:.2f}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # a GPU's time may be up
+        if not families:
+            raise
+    return {
+        "unit": "seconds per training",
+        "pairs": PAIRS,
+        "device": str(device),
+        "families": families,
+        "not_measured": [family for family in wanted if family not in families],
+        "peak_gflop_per_s": peak,
+    }, bars
 
 
 def measure(family: str, device: torch.device) -> tuple[dict[str, Any], Bar]:
