@@ -39,8 +39,9 @@ def agree(views: ColourViews, device: torch.device) -> bool:
         Exception: whatever Triton says, e.g. where it finds no C compiler, with which it builds what starts kernels.
     """
     plain = replace(views, kernel="torch", blur_probability=0.0)
-    images = torch.randint(0, 256, (16, 3, views.image_size, views.image_size), dtype=torch.uint8, device=device)
-    rngs = [torch.Generator(device).manual_seed(0) for _ in range(2)]
+    rngs = [torch.Generator(device).manual_seed(0) for _ in range(3)]
+    size = (16, 3, views.image_size, views.image_size)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=rngs[2])
     draw, expected = draw_colour_views(plain, 16, images.shape[2:], rngs[0]), plain.draw(16, images.shape[2:], rngs[1])
     scale, shift = views.scale_and_shift()
     linear = views.colour == "linear"
