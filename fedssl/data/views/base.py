@@ -1,6 +1,6 @@
 """What every kind of views has: a call for random views, and one deterministic transform."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
@@ -80,15 +80,23 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Draws for the `b` images of a batch, on the generator's device, all from `generator`."""
+    """Draws for the `b` images of a batch, on the generator's device.
+
+    Args:
+        b: how many images.
+        numbers: where the draws come from: a generator, or blocks of numbers in [0, 1) that one gave, in order.
+    """
 
     b: int
-    generator: torch.Generator
+    numbers: torch.Generator | Iterator[Float[Tensor, " n"]]
 
     def columns(self, low: float, high: float, num: int) -> Float[Tensor, "b num"]:
         """`num` numbers per image, uniform on [low, high)."""
-        draws = torch.rand(self.b, num, generator=self.generator, device=self.generator.device)
-        return draws.mul_(high - low).add_(low)
+        if isinstance(self.numbers, torch.Generator):
+            draws = torch.rand(self.b, num, generator=self.numbers, device=self.numbers.device)
+        else:
+            draws = next(self.numbers).view(self.b, num)
+        return (draws * (high - low)).add_(low)
 
     def between(self, low: float, high: float) -> Float[Tensor, " b"]:
         """One number per image, uniform on [low, high)."""

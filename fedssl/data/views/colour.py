@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fedssl.data.views.base import Normalisation, Uniform, check_number, check_range
 from fedssl.data.views.blur import gaussian_blur
-from fedssl.data.views.crop import draw_boxes, resized_crop
+from fedssl.data.views.crop import NUM_ATTEMPTS, draw_boxes, resized_crop
 from fedssl.data.views.jitter import HUE, jitter_, linear_jitter, luma
 from fedssl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 LARGEST_ON_GPU = 64  # pixels of a view's side that fit into a multiprocessor's registers
+COLUMNS = (NUM_ATTEMPTS, NUM_ATTEMPTS, *[1] * 9, 4, 1, 1)  # random numbers of an image, in the order they are used
 CHUNK = 2**18  # floats of a chunk of views on the CPU: what stays in its cache from one operation to the next
 
 
@@ -47,6 +48,10 @@ class ColourDraw:
 
     def __getitem__(self, rows: slice) -> "ColourDraw":
         return ColourDraw(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def to(self, device: torch.device) -> "ColourDraw":
+        """The same draw there."""
+        return ColourDraw(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ class ColourViews(Normalisation):
         colour: "exact" or "linear".
         kernel: "fused" compiles all steps of an image into one, on the CPU and, up to 64 pixels and but for the blur,
             on NVIDIA's GPUs; "torch" takes tensor operations for the whole batch, as other devices do in any case.
-            Same draws; values agree within 1e-5 of white.
+            Same draws, but for a box that rounding decides; values agree within 1e-5 of white.
     """
 
     image_size: int
@@ -135,11 +140,19 @@ class ColourViews(Normalisation):
 
         The draw lies on the generator's device.
         """
-        if self.kernel == "fused" and _can_fuse_on(generator.device, self):
+        numbers = torch.rand(
+            sum(COLUMNS) * b, generator=generator, device=generator.device
+        )  # a GPU needs as long for few
+        if self.kernel == "fused" and _can_fuse_on(generator.device, self, tuple(size)):
             from fedssl.data.views.fused_gpu import draw_colour_views
 
-            return draw_colour_views(self, b, size, generator)
-        uniform = Uniform(b, generator)
+            return draw_colour_views(self, numbers, size)
+        return self.draw_from(numbers, size)
+
+    def draw_from(self, numbers: Float[Tensor, " n"], size: Sequence[int]) -> ColourDraw:
+        """What `numbers`, uniform on [0, 1), draw: a block for each of `COLUMNS`, with so many for each image."""
+        b = len(numbers) // sum(COLUMNS)
+        uniform = Uniform(b, iter(torch.split(numbers, [num * b for num in COLUMNS])))
         box = draw_boxes(uniform, size[0], size[1], self.crop_scale, self.crop_ratio)
         factors = torch.stack([uniform.between(low, high) for low, high in self.factor_ranges], dim=1)
         neutral = torch.ones_like(factors)
@@ -160,9 +173,9 @@ class ColourViews(Normalisation):
         on_cpu = images.device.type == "cpu"
         if self.kernel == "fused" and on_cpu:
             return self._fused_on_cpu(images, draw)
-        if self.kernel == "fused" and _can_fuse_on(images.device, self):
+        if self.kernel == "fused" and _can_fuse_on(images.device, self, tuple(images.shape[2:])):
             return self._fused_on_gpu(images, draw)
-        size = max(1, CHUNK // (3 * self.image_size**2)) if on_cpu else len(images)
+        size = max(1, CHUNK // (3 * self.image_size**2) if on_cpu else len(images))
         chunks = [slice(start, start + size) for start in range(0, len(images), size)]
         return torch.cat([self._unfused(images[rows], draw[rows]) for rows in chunks])
 
@@ -183,10 +196,7 @@ class ColourViews(Normalisation):
         if self.blur_probability == 0:
             scale, shift = self.scale_and_shift()
             return colour_views(images, draw, image_size=self.image_size, linear=linear, scale=scale, shift=shift)
-        nothing = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
-        pixels = colour_views(
-            images, draw, image_size=self.image_size, linear=linear, scale=nothing[0], shift=nothing[1]
-        )
+        pixels = colour_views(images, draw, image_size=self.image_size, linear=linear, scale=[1.0] * 3, shift=[0.0] * 3)
         return self.normalise_(gaussian_blur(pixels, draw.blur_sigma, self.blur_kernel))
 
     def _unfused(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
@@ -203,16 +213,18 @@ class ColourViews(Normalisation):
 
 
 @lru_cache
-def _can_fuse_on(device: torch.device, views: ColourViews) -> bool:
-    """Whether the kernels for GPUs work there; compiles them."""
+def _can_fuse_on(device: torch.device, views: ColourViews, size: tuple[int, int]) -> bool:
+    """Whether the kernels for GPUs work there, with images of `size` (height, width); compiles them."""
     if device.type != "cuda" or views.image_size > LARGEST_ON_GPU:
         return False
     try:
         from fedssl.data.views.fused_gpu import agree
 
-        if agree(views, device):
+        if agree(views, device, size):
             return True
         reason = "they give other views"
+    except torch.cuda.OutOfMemoryError:  # says nothing of the kernels, and is not remembered
+        raise
     except Exception as error:  # of an import, of a compiler, of the device
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     log.warning("views.kernel=fused: no kernels on %s, tensor operations take their place: %s", device, reason)
