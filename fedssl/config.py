@@ -106,6 +106,7 @@ def resolve(config: DictConfig, hydra_config: HydraConf | DictConfig) -> dict[st
     if choices.get("experiment") is not None:
         _let_chosen_groups_win(config, choices, list(hydra_config.overrides.task), search_path)
     _fill_in_what_goes_together(config, search_path)
+    _check_normalisation(config)
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     for key in SAID_TO_THE_COMMAND:
@@ -155,6 +156,20 @@ def _fill_in_what_goes_together(config: DictConfig, search_path: Sequence[str]) 
         same = {key: config.views[key] for key in ("flip_probability", "mean", "std")}
         shift = hydra.compose("views/shift", list(search_path)).views
         config.distill.views = OmegaConf.merge(shift, same)
+
+
+def _check_normalisation(config: DictConfig) -> None:
+    """A student is distilled on inputs like those on which it is trained, embedded and evaluated."""
+    student, usual = config.distill.views, config.views
+    if student is None:
+        return
+    for key in ("mean", "std"):
+        if key in student and key in usual and student[key] != usual[key]:
+            alike = str(usual[key]).replace(" ", "")
+            raise ConfigError(
+                f"distill.views.{key} is {student[key]} and views.{key} {usual[key]}: a student would learn on other "
+                f"inputs than it is evaluated on. Set distill.views.{key}={alike}, or leave views@distill.views out."
+            )
 
 
 def _let_chosen_groups_win(

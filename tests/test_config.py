@@ -295,6 +295,16 @@ def test_a_student_of_coordinates_sees_photographs_shifted_only(overrides: list[
     assert (chosen and chosen["_target_"].rpartition(".")[2]) == views
 
 
+def test_a_student_is_distilled_on_inputs_as_it_is_evaluated_on() -> None:
+    overrides = ["data=cifar10", "views.std=[0.2,0.2,0.2]", "views@distill.views=shift"]
+    with pytest.raises(
+        ConfigError, match=r"^distill\.views\.std is \[0\.5, .*Set distill\.views\.std=\[0\.2,0\.2,0\.2\], "
+    ):
+        compose(overrides)
+    config = compose([*overrides, "distill.views.std=[0.2,0.2,0.2]"])
+    assert config["distill"]["views"]["std"] == config["views"]["std"]
+
+
 def test_those_views_are_normalised_and_mirrored_as_the_runs_are() -> None:
     config = compose(["data=cifar10", "views.mean=[0.4,0.5,0.6]", "views.flip_probability=0"])
     assert config["distill"]["views"]["mean"] == [0.4, 0.5, 0.6]
