@@ -25,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from fedssl.errors import ConfigError
@@ -161,15 +161,19 @@ def _fill_in_what_goes_together(config: DictConfig, search_path: Sequence[str]) 
 def _check_normalisation(config: DictConfig) -> None:
     """A student is distilled on inputs like those on which it is trained, embedded and evaluated."""
     student, usual = config.distill.views, config.views
-    if student is None:
+    if not isinstance(student, DictConfig) or "${distill" not in OmegaConf.to_yaml(config.strategy):  # nobody reads it
         return
-    for key in ("mean", "std"):
-        if key in student and key in usual and student[key] != usual[key]:
-            alike = str(usual[key]).replace(" ", "")
-            raise ConfigError(
-                f"distill.views.{key} is {student[key]} and views.{key} {usual[key]}: a student would learn on other "
-                f"inputs than it is evaluated on. Set distill.views.{key}={alike}, or leave views@distill.views out."
-            )
+    numbers = {key: (student.get(key), usual.get(key)) for key in ("mean", "std")}
+    both = {key: pair for key, pair in numbers.items() if all(isinstance(one, ListConfig) for one in pair)}
+    if unlike := {key: (one, other) for key, (one, other) in both.items() if one != other and len(other) == 3}:
+        said = " and ".join(
+            f"distill.views.{key} is {one}, views.{key} {other}" for key, (one, other) in unlike.items()
+        )
+        alike = " ".join(f"distill.views.{key}={other}".replace(" ", "") for key, (_, other) in unlike.items())
+        raise ConfigError(
+            f"{said}: a student would learn on other inputs than it is evaluated on. Set {alike}, or "
+            f"distill.views=null."
+        )
 
 
 def _let_chosen_groups_win(
@@ -179,6 +183,8 @@ def _let_chosen_groups_win(
     named = [f"experiment={choices['experiment']}", *search_path]
     preset = hydra.compose(CONFIG_NAME, named, return_hydra_config=True)
     chosen = [group for group in GROUPS if choices[group] != preset.hydra.runtime.choices[group]]
+    if not chosen:  # without the preset, values of what only the preset chooses would be unknown keys
+        return
     values = [override for override in overrides if override.split("=")[0] not in (*choices, "experiment")]
     files = [f"{group}={choices[group]}" for group in GROUPS]
     plain = hydra.compose(CONFIG_NAME, [*files, *values, *search_path])

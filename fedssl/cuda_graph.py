@@ -122,7 +122,7 @@ class Replayed:
                 measures = step(rows)
         except RuntimeError as error:
             cause = error.__context__ or error  # ending a recording that failed is an error of its own
-            if isinstance(cause, torch.cuda.OutOfMemoryError):
+            if isinstance(cause, torch.cuda.OutOfMemoryError | KeyboardInterrupt):
                 raise cause from None
             raise FedSSLError(
                 f"a step could not be recorded as a CUDA graph: {' '.join(str(cause).split())[:300]}. Set "

@@ -2,7 +2,8 @@
 """Measure what fedssl promises about its speed: `scripts/benchmark.py NAME`.
 
 Prints one JSON object (figures, bars with their 95 % intervals, hardware, commit) and ends with 1 where a bar is
-false, with 2 where it cannot be measured here. How each figure is taken: benchmarks/README.md. To add a benchmark,
+false, with 2 where it cannot be measured here, with 130 where it was interrupted and says what it had. How each figure
+is taken: benchmarks/README.md. To add a benchmark,
 write scripts/bench/<name>.py with a function <name> that returns figures and bars, and name it in BENCHMARKS.
 """
 
@@ -25,6 +26,9 @@ BENCHMARKS = (
     "overhead", "views", "train", "compiled", "choices", "packed", "round", "upload", "distill", "memory", "probe",
     "flesd", "scale", "deploy",
 )  # fmt: skip
+
+
+INTERRUPTED = 130
 
 
 def hardware() -> dict[str, Any]:
@@ -60,7 +64,12 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description="Measure what fedssl promises about its speed.")
     parser.add_argument("name", choices=BENCHMARKS)
-    name = parser.parse_args().name
+    parser.add_argument("--of", metavar="A,B", help="of train: these families only")
+    given = parser.parse_args()
+    name = given.name
+    if given.of is not None and name != "train":
+        parser.error("--of is for train")
+    chosen = {} if given.of is None else {"families": given.of.split(",")}
     set_defaults()
     keep_memory()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -70,7 +79,7 @@ def main() -> int:
     from fedssl.errors import ConfigError
 
     try:
-        figures, bars = getattr(importlib.import_module(f"bench.{name}"), name)()
+        figures, bars = getattr(importlib.import_module(f"bench.{name}"), name)(**chosen)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,6 +91,8 @@ def main() -> int:
         "commit": commit(),
     }
     print(json.dumps(result, indent=2))
+    if figures.get("not_measured"):
+        return INTERRUPTED
     return int(any(bar.holds is False for bar in bars))
 
 

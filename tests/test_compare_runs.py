@@ -45,14 +45,24 @@ def test_alike_within_the_spread_of_the_reference(tmp_path: Path, shift: float, 
     assert f"{shift:+.4f}" in done.stdout
 
 
-@pytest.mark.parametrize(("differences", "code"), [((0.03, -0.02, 0.01), 0), ((0.03, 0.028, 0.032), 1)])
-def test_a_difference_that_may_be_none_is_none(tmp_path: Path, differences: tuple[float, ...], code: int) -> None:
-    """A's seeds happen to have hardly any spread. 4.303 times .0252 (of the first) over the root of 3 is .0625."""
+@pytest.mark.parametrize(
+    ("differences", "code", "said"),
+    [
+        ((0.03, -0.02, 0.01), 3, "undecided"),
+        ((-0.02, -0.1, -0.2), 3, "undecided"),
+        ((0.03, 0.028, 0.032), 1, "NOT ALIKE"),
+    ],
+)
+def test_a_large_difference_that_may_be_chance_is_undecided(
+    tmp_path: Path, differences: tuple[float, ...], code: int, said: str
+) -> None:
+    """A's seeds have hardly any spread. Of the first, 4.303 * .0252 / sqrt(3) is .0625, about a mean of .0067."""
     a = write_runs(tmp_path / "a", {0: 0.50, 1: 0.501, 2: 0.502})
     b = write_runs(tmp_path / "b", {i: 0.5 + i / 1000 + difference for i, difference in enumerate(differences)})
     done = compared(a, b)
     assert done.returncode == code, done.stdout
-    assert ("+0.0067  -0.0558 to +0.0692  0.0625" in done.stdout) == (code == 0)
+    assert done.stdout.rstrip().endswith(said)
+    assert ("+0.0067  -0.0558 to +0.0692" in done.stdout) == (differences[0] == -1.5 * differences[1])
 
 
 def test_unfinished_and_unpaired_runs_are_left_out(tmp_path: Path) -> None:

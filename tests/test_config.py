@@ -3,6 +3,7 @@
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -296,13 +297,27 @@ def test_a_student_of_coordinates_sees_photographs_shifted_only(overrides: list[
 
 
 def test_a_student_is_distilled_on_inputs_as_it_is_evaluated_on() -> None:
-    overrides = ["data=cifar10", "views.std=[0.2,0.2,0.2]", "views@distill.views=shift"]
-    with pytest.raises(
-        ConfigError, match=r"^distill\.views\.std is \[0\.5, .*Set distill\.views\.std=\[0\.2,0\.2,0\.2\], "
-    ):
-        compose(overrides)
-    config = compose([*overrides, "distill.views.std=[0.2,0.2,0.2]"])
-    assert config["distill"]["views"]["std"] == config["views"]["std"]
+    given = ["data=cifar10", "views.mean=[0,0,0]", "views.std=[0.2,0.2,0.2]", "views@distill.views=shift"]
+    advice = ["distill.views.mean=[0,0,0]", "distill.views.std=[0.2,0.2,0.2]"]
+    with pytest.raises(ConfigError, match=re.escape(f"Set {' '.join(advice)}, or distill.views=null.")):
+        compose(["strategy=flesd", *given])
+    config = compose(["strategy=flesd", *given, *advice])
+    for key in ("mean", "std"):
+        assert config["distill"]["views"][key] == config["views"][key]
+    compose(["strategy=fedavg", *given])  # has no student
+
+
+def test_what_that_advises_works_beside_a_preset_that_has_chosen_views() -> None:
+    given = ["experiment=cifar10_small", "strategy=flesd", "views.mean=[0.4,0.5,0.6]"]
+    with pytest.raises(ConfigError, match=r"or distill\.views=null\.$"):
+        compose(given)
+    for advice in ("distill.views=null", "distill.views.mean=[0.4,0.5,0.6]"):
+        assert compose([*given, advice])["distill"]["views"]["mean"] == [0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("value", ["5", "true"])
+def test_views_for_students_that_are_none_are_left_to_whoever_builds_them(value: str) -> None:
+    assert compose(["strategy=flesd", f"distill.views={value}"])["distill"]["views"] == yaml.safe_load(value)
 
 
 def test_those_views_are_normalised_and_mirrored_as_the_runs_are() -> None:

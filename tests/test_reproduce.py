@@ -896,7 +896,7 @@ def test_why_a_row_could_not_be_measured_is_said_at_once(tiny: Path, capfd: pyte
     assert gpu_acceptance.main([*arguments, "--out", str(tiny.parent / "o"), "--dry", "--parts", "rows"]) == 1
     out = capfd.readouterr().out
     assert re.search(f"^row imageless: exit code 2, {why}$", out, re.MULTILINE)
-    assert out.endswith("row another: passed over, as imageless was refused with data=cifar10\n")
+    assert out.endswith("row another: passed over, has the images of imageless, which were not read\n")
     with pytest.raises(SystemExit, match="2"):
         gpu_acceptance.main([*arguments, "--data", str(tiny.parent / "missing")])
 
@@ -1070,7 +1070,7 @@ def test_a_benchmark_that_is_too_long_starves_no_other(
         ran.append(name.removeprefix("benchmark "))
         needs = 300.0 if ran[-1] == "views" else 10.0
         clock[0] += min(needs, limit)
-        log.write_text('{"seconds": 1}' if needs <= limit else '{"sec')
+        log.write_text("{a warning}\n" + ('{"name": "", "figures": {}}\nbye' if needs <= limit else '{"name'))
         code, interrupted = (0, False) if needs <= limit else (None, True)
         return gpu_acceptance.Part(name=name, command=[], code=code, interrupted=interrupted, seconds=1.0, tail="")
 
@@ -1096,40 +1096,39 @@ def test_a_benchmark_that_is_too_long_starves_no_other(
     assert results.keys() == {"benchmark-views", "benchmark-train", "benchmark-round"}
 
 
-def test_a_benchmark_that_was_interrupted_keeps_what_it_measured_and_is_taken_again(
+def test_an_interrupted_train_goes_on_with_the_families_that_are_left(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = []
+    asked = []
 
     def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
-        limits.append(limit)
-        log.write_text(json.dumps({"figures": {"not_measured": ["vit_tiny"] if limit < 100 else []}}))
-        return gpu_acceptance.Part(name=name, command=[], code=0, interrupted=limit < 100, seconds=1.0, tail="")
+        families = command[command.index("--of") + 1].split(",") if "--of" in command else ["a", "b", "c"]
+        asked.append(families)
+        figures = {"families": {families[0]: len(asked)}, "not_measured": families[1:]}
+        log.write_text(json.dumps({"name": "train", "figures": figures, "bars": [families[0]]}))
+        return gpu_acceptance.Part(name=name, command=[], code=130, interrupted=True, seconds=1.0, tail="")
 
     monkeypatch.setattr(gpu_acceptance, "run", run)
     arguments = ["--dry", "--rows", str(tiny), "--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w")]
-
-    def sitting(seconds: int) -> Any:
-        more = ["--parts", "benchmarks", "--benchmarks", "train", "--seconds", str(seconds)]
+    for _ in range(4):
+        more = ["--parts", "benchmarks", "--benchmarks", "train", "--seconds", "90"]
         assert gpu_acceptance.main([*arguments, *more]) == 0
-        return json.loads((tiny.parent / "o" / "benchmarks.json").read_text())["benchmark-train"]
-
-    assert sitting(90)["figures"]["not_measured"] == ["vit_tiny"]
-    assert sitting(90)["figures"]["not_measured"] == ["vit_tiny"]  # not tried again with as much time
-    assert sitting(200)["figures"]["not_measured"] == []
-    assert sitting(300)["figures"]["not_measured"] == []
-    assert [round(limit) for limit in limits] == [90, 200]
+    result = json.loads((tiny.parent / "o" / "benchmarks.json").read_text())["benchmark-train"]
+    assert asked == [["a", "b", "c"], ["b", "c"], ["c"]]
+    assert result["figures"] == {"families": {"a": 1, "b": 2, "c": 3}, "not_measured": []}
+    assert result["bars"] == ["a", "b", "c"]
 
 
 def test_parts_share_the_time_with_those_that_follow(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {}
 
     def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
-        limits[name] = round(limit)
+        limits[name] = limit
         log.write_text("{}")
         return gpu_acceptance.Part(name=name, command=[], code=0, interrupted=False, seconds=1.0, tail="")
 
     monkeypatch.setattr(gpu_acceptance, "run", run)
+    monkeypatch.setattr(gpu_acceptance.time, "monotonic", lambda: 1000.0)
     arguments = ["--dry", "--rows", str(tiny), "--benchmarks", "train", "--seconds", "400"]
     for i, parts in enumerate(("tests,benchmarks,rows", "tests,benchmarks")):
         folders = ["--out", str(tiny.parent / f"o{i}"), "--work", str(tiny.parent / f"w{i}")]

@@ -6,12 +6,12 @@
 Called again with the same --work it goes on where it was: rows go on from their checkpoints, and what has a result in
 --out, or in benchmarks/results, is not measured again; nor are the tests run again with the same code on the same
 machine, unless their time was up. A benchmark, or the tests, whose time was up is passed over until a tenth more is
-offered (of `train` what it measured until then is kept); benchmarks that were not tried come before one that was. No
-part ends a later one: each is a process of its own with a limit, and its exit code, seconds and the end of its output
-are noted. --out holds at most 8 files of at most 16 MiB: acceptance.json (machine, parts), rows.json (results, also
-unfinished ones: `scripts/reproduce --add` takes them over), benchmarks.json, log.txt (the end of each part's output).
-Checkpoints stay in --work, which has to outlive the sitting. One process at a time has --work, and one --out (its lock
-is a file beside that folder).
+offered (what `train` measured until then is kept, and later only the rest is measured); benchmarks that were not tried
+come before one that was. No part ends a later one: each is a process of its own with a limit, and its exit code,
+seconds and the end of its output are noted. --out holds at most 8 files of at most 16 MiB: acceptance.json (machine,
+parts), rows.json (results, also unfinished ones: `scripts/reproduce --add` takes them over), benchmarks.json, log.txt
+(the end of each part's output). Checkpoints stay in --work, which has to outlive the sitting. One process at a time has
+--work, and one --out (its lock is a file beside that folder).
 
 The machine needs no network, no Ray and no simulation extra of Flower: rows run with grid=in_process. It needs Python
 3.11 or newer and, beside torch, torchvision and numpy, the modules that `missing` in acceptance.json would name. On one
@@ -33,6 +33,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,11 +54,11 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "benchmarks", "rows")
 # Shortest first. The others measure the CPU only, or, flesd, against it; `compiled` takes longer than a sitting.
 BENCHMARKS = ("probe", "views", "packed", "train")
-SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left, if rows follow, which have the rest
+SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left, if another part follows
 STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
 INTERRUPTED = 130
-REFUSED = 2  # bad input
+NO_DATA = "(Here data.root is --data.)"  # what scripts/reproduce says where images are missing or damaged
 REFRESH = 10.0  # seconds after which --out is written again while a part runs: whatever ends this process, it is there
 MORE = 1.1  # times the seconds that were not enough are worth another try
 GRACE = 10.0  # seconds in which an interrupted part may write what it has
@@ -327,17 +328,18 @@ class Acceptance:
         for name in sorted(names, key=lambda name: self.futile.get(f"benchmark {name}", 0.0)):
             there = (SCRIPTS / "bench" / f"{name}.py").is_file()
             kept = self.results / f"benchmark-{name}.json"
-            done = kept.is_file() and _is_whole(json.loads(kept.read_text()))
+            before = json.loads(kept.read_text()) if kept.is_file() else None
+            done = before is not None and not before["figures"].get("not_measured")
             limit = until - time.monotonic()
             if there and not done and limit > LAST and self.worth(f"benchmark {name}", limit):
                 command = [sys.executable, str(SCRIPTS / "benchmark.py"), name]
+                if before is not None:
+                    command += ["--of", ",".join(before["figures"]["not_measured"])]
                 log = self.run(f"benchmark {name}", command, limit)
                 ended = not self.parts[-1].interrupted
-                with contextlib.suppress(ValueError):  # it did not come to its end
-                    text = log.read_text()
-                    result = json.loads(text[text.index("{") :])
-                    _write(kept, json.dumps(result, indent=2))
-                    ended = _is_whole(result)
+                if (result := _result(log.read_text())) is not None:
+                    _write(kept, json.dumps(_joined(before, result), indent=2))
+                    ended = True
                 if not ended:
                     self.remember(f"benchmark {name}", limit)
                 self.write()
@@ -345,14 +347,15 @@ class Acceptance:
     def rows(self) -> None:
         """The next ones without a result, in the table's order, until the time is up; one that fails is passed over.
 
-        So are those on the same data as one that was refused as bad input: each would take seconds to be refused.
+        So are those on the same data as one whose images could not be read: each would take seconds to say so.
         """
-        refused: dict[tuple[str, ...], str] = {}
+        unread: dict[tuple[str, ...], str] = {}
         for name in self.names:
             row = self.table.row(name)
-            data = tuple(override for override in row.overrides if override.startswith(("experiment=", "data=")))
-            if data in refused:
-                print(f"row {name}: passed over, as {refused[data]} was refused with {' '.join(data)}", flush=True)
+            given = self.table.overrides(row, shrunken=self.args.dry)
+            data = tuple(override for override in given if override.startswith(("experiment=", "data=")))
+            if data in unread:
+                print(f"row {name}: passed over, has the images of {unread[data]}, which were not read", flush=True)
                 continue
             file = row.file(self.args.dry)
             known = read_results(self.table, *([] if self.args.dry else [rows.RESULTS]), self.results)
@@ -368,8 +371,8 @@ class Acceptance:
             command += ["-o", str(kept.resolve())]
             command += ["--data", str(Path(self.args.data).resolve())] if self.args.data else []
             self.run(f"row {name}", [*command, *(["--cpu"] if self.args.dry else [])], self.left)
-            if self.parts[-1].code == REFUSED:
-                refused[data] = name
+            if NO_DATA in self.parts[-1].tail:
+                unread[data] = name
 
     def run(self, name: str, command: Sequence[str], limit: float) -> Path:
         """One process, noted; its output."""
@@ -416,9 +419,23 @@ class Acceptance:
         _write(out / "log.txt", text[-MAX_LOG // 4 :])  # a character has at most 4 bytes
 
 
-def _is_whole(result: dict[str, Any]) -> bool:
-    """Whether a benchmark measured all it names; one that is interrupted may write what it has."""
-    return not result.get("figures", {}).get("not_measured")
+def _result(output: str) -> dict[str, Any] | None:
+    """The object that a benchmark printed, among what else was said; None if it did not get to it."""
+    for line in re.finditer(r"^\{", output, re.MULTILINE):
+        with contextlib.suppress(ValueError):
+            found = json.JSONDecoder().raw_decode(output, line.start())[0]
+            if found.keys() >= {"name", "figures"}:
+                return dict(found)
+    return None
+
+
+def _joined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of the families that an interrupted `train` had left, beside what it had; the later machine."""
+    if before is None:
+        return result
+    families = {**before["figures"]["families"], **result["figures"]["families"]}
+    figures = {**result["figures"], "families": families}
+    return {**result, "figures": figures, "bars": [*before["bars"], *result["bars"]]}
 
 
 def _left(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +18,15 @@ from fedssl.config import compose, instantiate
 from fedssl.cuda_graph import Replayed, can_record
 from fedssl.data.images import ImageSet
 from fedssl.data.views import Views
+from fedssl.errors import ConfigError
 from fedssl.methods import Method
 from fedssl.models import Model, calibrate_batch_norm, feature_dim
 
 SIZE = 32  # pixels
 PAIRS = 15
 UNTIMED = 1  # pairs before them
-HALF_PAIRS = 3  # of full precision and bfloat16; and trainings whose steps are not replayed
+HALF_PAIRS = 5  # of full precision and bfloat16
+FEW = 3  # of these, and trainings whose steps are launched, where steps are replayed: a GPU's time is short
 BARS = ((10e6, 0.90), (0.0, 0.75))  # (operations a view from which it holds, share of the bare loop)
 LARGE = 100e6  # operations a view from which an epoch has fewer and smaller batches: one takes seconds
 EPOCHS = {False: (16, 64), True: (4, 32)}  # large? -> steps, images a step
@@ -50,7 +53,7 @@ class Epoch:
     amp: bool
     compile_mode: str | None = None
     cuda_graphs: bool = False
-    epochs: int = 1  # of ours
+    epochs: int = 1  # of ours; bare steps are as many
 
     def ours(self) -> float:
         """Seconds of `fedssl.train.train`, of which a client's local training consists."""
@@ -106,10 +109,9 @@ class Epoch:
         for _ in range(steps):
             loss = replayed(take, rows)["loss"]
         loss.item()
-        wait(self.device)
-        seconds = time.perf_counter() - started
         replayed.end()
-        return seconds
+        wait(self.device)
+        return time.perf_counter() - started
 
     @property
     def images_trained(self) -> int:
@@ -170,28 +172,35 @@ def epoch(family: str, device: torch.device, sizes: tuple[int, int] | None = Non
     return one, cost
 
 
-def train() -> Result:
-    """Every family, on the GPU where there is one, else with one thread, as a worker has it."""
+def train(families: Sequence[str] | None = None) -> Result:
+    """Families (None: all), on the GPU where there is one, else with one thread, as a worker has it.
+
+    An interruption, as where the time on a GPU is up, ends it with those that are measured; `not_measured` names the
+    others.
+    """
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = list(compose([])["models"])
+    known = list(compose([])["models"])
+    wanted = known if families is None else list(families)
+    if unknown := set(wanted) - set(known):
+        raise ConfigError(f"there is no family {', '.join(sorted(unknown))}; --of takes {', '.join(known)}.")
     peak = peak_gflop_per_s(device)
-    families: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     bars: list[Bar] = []
     try:
         for family in wanted:
-            families[family], bar = measure(family, device)
+            measured[family], bar = measure(family, device)
             bars.append(bar)
             print(f"{bar.name}: {bar.ratio:.2f}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:  # a GPU's time may be up
-        if not families:
+    except KeyboardInterrupt:
+        if not measured:
             raise
     return {
         "unit": "seconds per training",
         "pairs": PAIRS,
         "device": str(device),
-        "families": families,
-        "not_measured": [family for family in wanted if family not in families],
+        "families": measured,
+        "not_measured": [family for family in wanted if family not in measured],
         "peak_gflop_per_s": peak,
     }, bars
 
@@ -207,7 +216,8 @@ def measure(family: str, device: torch.device) -> tuple[dict[str, Any], Bar]:
     images = one.images_trained
     half = replace(one, amp=not one.amp)
     half.ours()
-    others = [(one.ours(), half.ours()) for _ in range(HALF_PAIRS)]
+    few = FEW if replays else HALF_PAIRS
+    others = [(one.ours(), half.ours()) for _ in range(few)]
     faster = [a / b if half.amp else b / a for a, b in others]
     launched = replace(one, cuda_graphs=False)  # every step by itself
     return {
@@ -216,7 +226,7 @@ def measure(family: str, device: torch.device) -> tuple[dict[str, Any], Bar]:
         "batch_size": one.batch_size,
         "bare_s": [bare for bare, _ in pairs],
         "ours_s": [ours for _, ours in pairs],
-        "launched_s": [launched.ours() for _ in range(UNTIMED + HALF_PAIRS)][UNTIMED:] if replays else [],
+        "launched_s": [launched.ours() for _ in range(UNTIMED + few)][UNTIMED:] if replays else [],
         "bfloat16_times_faster": median_interval(faster),
         "images_per_s": median_interval([images / ours for _, ours in pairs]),
         "gflop_per_s": median_interval([6 * images * cost / ours / 1e9 for _, ours in pairs])[0],
