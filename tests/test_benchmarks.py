@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 from bench import packed, train, views  # noqa: E402
+from bench.measure import judge  # noqa: E402
+
+from fedssl.errors import ConfigError  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -61,7 +65,9 @@ def test_packed_needs_a_gpu() -> None:
 def test_views_are_measured_on_any_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "PAIRS", 2)
     monkeypatch.setattr(views, "AT_LEAST_S", 0.01)
-    rates = views.on_device(torch.device(name), [16])["rates"]["16"]
+    figures = views.on_device(torch.device(name), [16])
+    assert figures["fused"] == (name == "cuda")
+    rates = figures["rates"]["16"]
     ours = {f"{colour}{way}" for colour in ("exact", "linear") for way in ("", "_replayed", "_operations")}
     assert rates.keys() == {"torchvision_one_draw", *ours}
     assert all(median > 0 for median, _ in rates.values())
@@ -78,3 +84,21 @@ def test_training_is_measured_on_any_device(name: str, monkeypatch: pytest.Monke
     assert figures["images"] == {"cpu": 2 * 4, "cuda": 3 * 4 * train.REPLAYED_EPOCHS}[name]
     assert len(figures["bare_s"]) == len(figures["ours_s"]) == 2
     assert bool(figures["launched_s"]) == (name == "cuda")
+
+
+def test_an_interrupted_train_returns_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(family: str, device: torch.device) -> Any:
+        if family == "resnet8":
+            raise KeyboardInterrupt
+        return {"mflop_a_view": 1.0}, judge(f"train.{family}", [1.0, 1.0], 0.75, "higher")
+
+    monkeypatch.setattr(train, "measure", measure)
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)  # of this process
+    figures, bars = train.train(["conv4_32", "resnet8", "resnet18"])
+    assert figures["families"].keys() == {"conv4_32"}
+    assert figures["not_measured"] == ["resnet8", "resnet18"]
+    assert [bar.name for bar in bars] == ["train.conv4_32"]
+    with pytest.raises(KeyboardInterrupt):  # nothing to return
+        train.train(["resnet8"])
+    with pytest.raises(ConfigError, match=r"^there is no family conv5; --of takes conv4_16, "):
+        train.train(["conv5"])

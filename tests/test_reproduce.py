@@ -785,7 +785,7 @@ def test_an_ordering_is_judged_strictly() -> None:
     assert said[0].endswith("fedema20_fedema 41.00: holds")
     results[TABLE.row("fedema20_standalone").file(True)]["runs"] = [{"untrained": 0.3}]
     said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
-    assert said[0].endswith("fedema20_fedema 41.00: holds, though fedema20_standalone is no better than untrained")
+    assert said[0].endswith("fedema20_fedema 41.00: holds; fedema20_standalone is no better than untrained")
     results[TABLE.row("fedema20_fedbyol").file(True)]["runs"] = [{"untrained": 0.4}]
     said = [line for line in rows.ordering_lines(TABLE, results) if "20 rounds (shrunken" in line]
     assert said[0].endswith(": says nothing, no better than untrained: fedema20_standalone, fedema20_fedbyol")

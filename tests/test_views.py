@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as tv
 import fedssl.data.views as views_package
 from fedssl.data.views import ColourDraw, ColourViews, GeometricDraw, GeometricViews, ShiftDraw, ShiftViews, Views
 from fedssl.data.views.blur import gaussian_blur
-from fedssl.data.views.colour import COLUMNS, _can_fuse_on
+from fedssl.data.views.colour import COLUMNS, can_fuse_on
 from fedssl.data.views.fused import GRAIN
 from fedssl.data.views.jitter import CONTRAST, HUE, linear_jitter, shift_hue
 from fedssl.errors import ConfigError
@@ -630,13 +630,14 @@ def gpu_options(views: ColourViews) -> dict[str, Any]:
     return {"image_size": views.image_size, "linear": views.colour == "linear", "scale": scale, "shift": shift}
 
 
-def test_without_working_kernels_a_gpu_takes_tensor_operations_and_says_so(
+def test_kernels_that_do_not_work_on_a_gpu_are_not_taken_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "fedssl.data.views.fused_gpu", None)  # as where Triton is not there
-    views = colour(hue=0.123)  # not asked for before
-    assert not _can_fuse_on(torch.device("cuda"), views, (16, 16))
+    can_fuse_on.cache_clear()
+    assert not can_fuse_on(torch.device("cuda"), colour(), (16, 16))
     assert "no kernels on cuda, tensor operations take their place: ModuleNotFoundError" in caplog.text
+    can_fuse_on.cache_clear()
 
 
 COMPILE = """
@@ -696,6 +697,7 @@ def test_gpu_needs_no_synchronisation_and_agrees(choice: str, overrides: dict[st
 @pytest.mark.gpu
 def test_gpu_kernel_draws_as_tensor_operations_do_there() -> None:
     views, rngs = colour(blur_probability=0.5), [torch.Generator("cuda").manual_seed(1) for _ in range(2)]
+    assert can_fuse_on(rngs[0].device, views, (32, 32)), "see the log"
     draw, expected = views.draw(2001, (32, 32), rngs[0]), replace(views, kernel="torch").draw(2001, (32, 32), rngs[1])
     for name, value in vars(expected).items():
         if name == "box":  # a side may lie in the middle between two pixels
@@ -712,5 +714,7 @@ def test_gpu_kernel_and_tensor_operations_agree_there(kind: str, height: int, wi
     views = colour(image_size=size, hue=0.5, colour=kind, blur_probability=0.5, mean=[0, 0.1, 0.2], std=[1, 1, 1])
     images = varied_images(200, height, width)
     draw = views.draw(len(images), (height, width), seeded(1))
-    on_gpu = replace(draw, **{name: value.cuda() for name, value in vars(draw).items()})
-    torch.testing.assert_close(views.apply(images.cuda(), on_gpu).cpu(), views.apply(images, draw), rtol=0, atol=1e-5)
+    assert can_fuse_on(images.cuda().device, views, (height, width)), "see the log"
+    expected = replace(views, kernel="torch").apply(images, draw)
+    out = views.apply(images.cuda(), draw.to(torch.device("cuda")))
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-5)

@@ -314,10 +314,10 @@ def ordering_lines(table: Table, results: Mapping[str, Mapping[str, Any]]) -> li
             said = "holds" if all(a < b for a, b in pairwise(values)) else "does not hold"
             if len(known) < len(found):
                 said = "not measured"
-            elif set(idle) - {chosen[0].name}:  # the last may have learned nothing, if the others have
+            elif set(idle) - {chosen[0].name}:  # the worst may have learned nothing, if the others have
                 said = f"says nothing, no better than untrained: {', '.join(idle)}"
             elif idle:
-                said += f", though {idle[0]} is no better than untrained"
+                said += f"; {idle[0]} is no better than untrained"
             size = f" (shrunken, CPU{_other_data(table, chosen)})" if shrunken else ""
             out.append(f"{ordering['what']}{size}: {chain}: {said}")
     return out

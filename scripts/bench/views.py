@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from fedssl.config import compose, instantiate
 from fedssl.cuda_graph import WORTH, Replayed, can_record
 from fedssl.data.views import ColourViews
+from fedssl.data.views.colour import can_fuse_on
 
 BATCH, SIZE = 256, 32
 SETTINGS = ["data=cifar10", "views=colour"]
@@ -151,7 +152,9 @@ def on_device(device: torch.device, counts: Sequence[int] = ON_A_GPU) -> dict[st
         rates[str(count)] = {
             name: median_interval([count / second / 1e6 for second in values]) for name, values in times.items()
         }
-    return {"unit": "million views per second", "rates": rates}
+    views = instantiate(compose(SETTINGS)["views"])
+    fused = can_fuse_on(pixels(1).to(device).device, views, (SIZE, SIZE))
+    return {"unit": "million views per second", "fused": fused, "rates": rates}
 
 
 def views() -> Result:

@@ -80,7 +80,7 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Draws for the `b` images of a batch, on the generator's device.
+    """Draws for the `b` images of a batch, on the device of `numbers`.
 
     Args:
         b: how many images.

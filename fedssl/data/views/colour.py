@@ -22,7 +22,9 @@ from fedssl.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LARGEST_ON_GPU = 64  # pixels of a view's side that fit into a multiprocessor's registers
-COLUMNS = (NUM_ATTEMPTS, NUM_ATTEMPTS, *[1] * 9, 4, 1, 1)  # random numbers of an image, in the order they are used
+# Random numbers of an image, in the order they are used: areas and ratios of boxes; top, left, brightness, contrast,
+# saturation, hue, whether these are changed, sigma, flip; the order of changes; grayscale, whether to blur.
+COLUMNS = (NUM_ATTEMPTS, NUM_ATTEMPTS, *[1] * 9, 4, 1, 1)
 CHUNK = 2**18  # floats of a chunk of views on the CPU: what stays in its cache from one operation to the next
 
 
@@ -121,8 +123,8 @@ class ColourViews(Normalisation):
             )
         if self.kernel not in ("fused", "torch"):
             raise ConfigError(
-                f"views.kernel must be fused (compiled, on the CPU) or torch (tensor operations), got {self.kernel!r}. "
-                f"Change views.kernel."
+                f"views.kernel must be fused (all steps compiled into one) or torch (tensor operations), "
+                f"got {self.kernel!r}. Change views.kernel."
             )
 
     @property
@@ -143,7 +145,7 @@ class ColourViews(Normalisation):
         numbers = torch.rand(
             sum(COLUMNS) * b, generator=generator, device=generator.device
         )  # a GPU needs as long for few
-        if self.kernel == "fused" and _can_fuse_on(generator.device, self, tuple(size)):
+        if self.kernel == "fused" and can_fuse_on(generator.device, self, tuple(size)):
             from fedssl.data.views.fused_gpu import draw_colour_views
 
             return draw_colour_views(self, numbers, size)
@@ -173,9 +175,11 @@ class ColourViews(Normalisation):
         on_cpu = images.device.type == "cpu"
         if self.kernel == "fused" and on_cpu:
             return self._fused_on_cpu(images, draw)
-        if self.kernel == "fused" and _can_fuse_on(images.device, self, tuple(images.shape[2:])):
+        if self.kernel == "fused" and can_fuse_on(images.device, self, tuple(images.shape[2:])):
             return self._fused_on_gpu(images, draw)
-        size = max(1, CHUNK // (3 * self.image_size**2) if on_cpu else len(images))
+        if not on_cpu:
+            return self._unfused(images, draw)
+        size = max(1, CHUNK // (3 * self.image_size**2))
         chunks = [slice(start, start + size) for start in range(0, len(images), size)]
         return torch.cat([self._unfused(images[rows], draw[rows]) for rows in chunks])
 
@@ -190,7 +194,7 @@ class ColourViews(Normalisation):
         )  # fmt: skip
 
     def _fused_on_gpu(self, images: UInt8[Tensor, "b 3 h w"], draw: ColourDraw) -> Float[Tensor, "b 3 s s"]:
-        from fedssl.data.views.fused_gpu import colour_views  # as triton does
+        from fedssl.data.views.fused_gpu import colour_views  # triton takes a while to import, a CPU needs none
 
         linear = self.colour == "linear"
         if self.blur_probability == 0:
@@ -213,7 +217,7 @@ class ColourViews(Normalisation):
 
 
 @lru_cache
-def _can_fuse_on(device: torch.device, views: ColourViews, size: tuple[int, int]) -> bool:
+def can_fuse_on(device: torch.device, views: ColourViews, size: tuple[int, int]) -> bool:
     """Whether the kernels for GPUs work there, with images of `size` (height, width); compiles them."""
     if device.type != "cuda" or views.image_size > LARGEST_ON_GPU:
         return False
