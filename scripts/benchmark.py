@@ -3,8 +3,8 @@
 
 Prints one JSON object (figures, bars with their 95 % intervals, hardware, commit) and ends with 1 where a bar is
 false, with 2 where it cannot be measured here, with 130 where it was interrupted and says what it had. How each figure
-is taken: benchmarks/README.md. To add a benchmark,
-write scripts/bench/<name>.py with a function <name> that returns figures and bars, and name it in BENCHMARKS.
+is taken: benchmarks/README.md. To add a benchmark, write scripts/bench/<name>.py with a function <name> that returns
+figures and bars, and name it in BENCHMARKS.
 """
 
 import argparse
@@ -26,9 +26,6 @@ BENCHMARKS = (
     "overhead", "views", "train", "compiled", "choices", "packed", "round", "upload", "distill", "memory", "probe",
     "flesd", "scale", "deploy",
 )  # fmt: skip
-
-
-INTERRUPTED = 130
 
 
 def hardware() -> dict[str, Any]:
@@ -77,6 +74,7 @@ def main() -> int:
     from bench.measure import nvidia_smi
 
     from fedssl.errors import ConfigError
+    from fedssl.outcome import INTERRUPTED
 
     try:
         figures, bars = getattr(importlib.import_module(f"bench.{name}"), name)(**chosen)

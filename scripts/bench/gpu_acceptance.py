@@ -58,7 +58,6 @@ SHARES = {"tests": 0.25, "benchmarks": 0.5}  # at most so much of what is left, 
 STOPPED = 4  # of scripts/reproduce
 LAST = 20.0  # seconds before the end in which a row is asked to stop, and then killed
 INTERRUPTED = 130
-NO_DATA = "(Here data.root is --data.)"  # what scripts/reproduce says where images are missing or damaged
 REFRESH = 10.0  # seconds after which --out is written again while a part runs: whatever ends this process, it is there
 MORE = 1.1  # times the seconds that were not enough are worth another try
 GRACE = 10.0  # seconds in which an interrupted part may write what it has
@@ -371,7 +370,7 @@ class Acceptance:
             command += ["-o", str(kept.resolve())]
             command += ["--data", str(Path(self.args.data).resolve())] if self.args.data else []
             self.run(f"row {name}", [*command, *(["--cpu"] if self.args.dry else [])], self.left)
-            if NO_DATA in self.parts[-1].tail:
+            if rows.HERE in self.parts[-1].tail:
                 unread[data] = name
 
     def run(self, name: str, command: Sequence[str], limit: float) -> Path:

@@ -522,7 +522,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             return _measure(args, table)
     except FedSSLError as error:
-        here = " (Here data.root is --data.)" if isinstance(error, DataError) else ""
+        here = f" {rows.HERE}" if isinstance(error, DataError) else ""
         print(f"error: {error}{here}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -31,11 +31,9 @@ BARS = ((10e6, 0.90), (0.0, 0.75))  # (operations a view from which it holds, sh
 LARGE = 100e6  # operations a view from which an epoch has fewer and smaller batches: one takes seconds
 EPOCHS = {False: (16, 64), True: (4, 32)}  # large? -> steps, images a step
 ON_A_GPU = (16, 512)
-REPLAYED = {
-    False: (8, 512),
-    True: (8, 256),
-}  # on a GPU, by large?, with the default configuration: steps, images a step
-REPLAYED_EPOCHS = 4  # of ours, whose steps are recorded anew in each training, as the bare ones are
+# On a GPU with the default configuration: large? -> steps an epoch, images a step.
+REPLAYED = {False: (8, 512), True: (8, 256)}
+REPLAYED_EPOCHS = 4  # of a training, whose steps are recorded anew in each training, as the bare ones are
 PEAK = 4096  # side of the matrices whose product, in bfloat16, shows what a GPU can do
 
 
@@ -53,7 +51,7 @@ class Epoch:
     amp: bool
     compile_mode: str | None = None
     cuda_graphs: bool = False
-    epochs: int = 1  # of ours; bare steps are as many
+    epochs: int = 1  # bare steps are as many
 
     def ours(self) -> float:
         """Seconds of `fedssl.train.train`, of which a client's local training consists."""

@@ -142,9 +142,8 @@ class ColourViews(Normalisation):
 
         The draw lies on the generator's device.
         """
-        numbers = torch.rand(
-            sum(COLUMNS) * b, generator=generator, device=generator.device
-        )  # a GPU needs as long for few
+        # All in one call, for which a GPU needs hardly longer than for a few.
+        numbers = torch.rand(sum(COLUMNS) * b, generator=generator, device=generator.device)
         if self.kernel == "fused" and can_fuse_on(generator.device, self, tuple(size)):
             from fedssl.data.views.fused_gpu import draw_colour_views
 

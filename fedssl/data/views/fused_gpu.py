@@ -235,9 +235,9 @@ def _view(
                 offset = 0.0
                 if operation == _CONTRAST:
                     offset = (1 - factor) * (tl.sum(_grey(red, green, blue), 0) / (SIZE * SIZE))
-                red = _clamp(red * factor + offset, inside)
-                green = _clamp(green * factor + offset, inside)
-                blue = _clamp(blue * factor + offset, inside)
+                red = tl.where(inside, _clamp(red * factor + offset), 0.0)  # outside, where a sum must see nothing, 0
+                green = tl.where(inside, _clamp(green * factor + offset), 0.0)
+                blue = tl.where(inside, _clamp(blue * factor + offset), 0.0)
         if tl.load(grayscale + k):
             red, green, blue = _saturate(red, green, blue, 0.0)
     target = out + k * (3 * SIZE * SIZE) + 3 * pixel
@@ -282,9 +282,8 @@ def _grey(red, green, blue):
 
 @triton.jit
 @no_type_check
-def _clamp(value, inside):
-    """Outside of the view, where a sum must see nothing: 0."""
-    return tl.where(inside, tl.minimum(tl.maximum(value, 0.0), 255.0), 0.0)
+def _clamp(value):
+    return tl.minimum(tl.maximum(value, 0.0), 255.0)
 
 
 @triton.jit
@@ -292,9 +291,9 @@ def _clamp(value, inside):
 def _saturate(red, green, blue, factor):
     """Factor 0 is grayscale."""
     offset = _grey(red, green, blue) * (1 - factor)
-    red = tl.minimum(tl.maximum(red * factor + offset, 0.0), 255.0)
-    green = tl.minimum(tl.maximum(green * factor + offset, 0.0), 255.0)
-    blue = tl.minimum(tl.maximum(blue * factor + offset, 0.0), 255.0)
+    red = _clamp(red * factor + offset)
+    green = _clamp(green * factor + offset)
+    blue = _clamp(blue * factor + offset)
     return red, green, blue
 
 
@@ -364,4 +363,4 @@ def _combined(red, green, blue, shares):
     column = tl.arange(0, 4)
     value = red * tl.sum(tl.where(column == 0, shares, 0.0), 0) + green * tl.sum(tl.where(column == 1, shares, 0.0), 0)
     value += blue * tl.sum(tl.where(column == 2, shares, 0.0), 0) + tl.sum(tl.where(column == 3, shares, 0.0), 0)
-    return tl.minimum(tl.maximum(value, 0.0), 255.0)
+    return _clamp(value)
