@@ -20,3 +20,4 @@ install_import_hook(["fedssl", "strategies"], "tests.typechecker.check")
 from fedssl.environment import DEFAULTS
 
 os.environ.update(DEFAULTS)
+os.environ |= {"RAY_worker_niceness": "0"}  # at Ray's 15 workers get little beside another process that tests

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,61 @@ def test_an_interrupted_train_returns_what_it_measured(monkeypatch: pytest.Monke
         train.train(["resnet8"])
     with pytest.raises(ConfigError, match=r"^there is no family conv5; --of takes conv4_16, "):
         train.train(["conv5"])
+
+
+ENGINE = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from bench.turns import Turns
+
+turns = Turns(Path(sys.argv[sys.argv.index("--turns") + 1]))
+began = []
+for lap in range(3):
+    began.append(time.monotonic())
+    if lap < 2:
+        turns.wait()
+if "fails" in sys.argv:
+    sys.exit("no memory left")
+print("RESULT", f'{{"began": {began}}}')
+sys.exit(int("crashes" in sys.argv))
+"""
+
+
+def engine(folder: Path, name: str, *words: str, crashes: bool = False) -> Any:
+    """What starts an engine of three rounds."""
+    sitting = pytest.importorskip("bench.sitting", exc_type=ImportError)  # no psutil on some GPU machines
+    command = [sys.executable, "-c", ENGINE, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    return partial(sitting.Sitting, name, command, folder, environment, crashes_at_its_end=crashes)
+
+
+def test_rounds_of_engines_are_taken_in_turn(tmp_path: Path) -> None:
+    sitting = pytest.importorskip("bench.sitting", exc_type=ImportError)
+    starts = [engine(tmp_path, "a"), engine(tmp_path, "b", "crashes", crashes=True)]
+    results = sitting.rounds_in_turn(starts, 2)
+    a, b = (results[name]["began"] for name in "ab")
+    assert sorted([*a, *b]) == [a[0], b[0], a[1], b[1], a[2], b[2]]
+    assert (results["a"]["exit"], results["b"]["exit"]) == (0, 1)
+
+
+def test_an_engine_is_frozen_while_it_is_not_its_turn(tmp_path: Path) -> None:
+    with engine(tmp_path, "a")() as sitting:
+        sitting.round()
+        assert sitting._process.status() == "stopped"
+        sitting.round()
+        sitting.round()
+        assert sitting.result["exit"] == 0
+
+
+@pytest.mark.parametrize("words", [("fails",), ("crashes",)])
+def test_an_engine_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Path, words: tuple[str, ...]) -> None:
+    sitting = pytest.importorskip("bench.sitting", exc_type=ImportError)
+    said = "a ended with 1:.*no memory left" if words == ("fails",) else "a ended with 1:.*RESULT"
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        sitting.rounds_in_turn([engine(tmp_path, "b"), engine(tmp_path, "a", *words)], 2)
+
+
+def test_a_sitting_counts_once_by_the_median_of_its_pairs() -> None:
+    sitting = pytest.importorskip("bench.sitting", exc_type=ImportError)
+    assert sitting.ratios([[2.0, 9.0, 4.0], [3.0, 3.0, 3.0]], [[1.0, 3.0, 2.0], [3.0, 1.0, 1.5]]) == [2.0, 2.0]

@@ -1,6 +1,8 @@
 """Every preset in conf/experiment composes with every strategy, builds, and yields to the command line."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +13,11 @@ from fedssl.federation.setup import Setup
 CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
+
+
+@cache
+def without_a_preset(strategy: str) -> Any:
+    return compose([f"strategy={strategy}"])
 
 
 def test_there_are_presets() -> None:
@@ -32,7 +39,7 @@ def test_a_preset_sets_no_strategy(experiment: str) -> None:
 def test_a_preset_composes_with_every_strategy(experiment: str, strategy: str) -> None:
     config = compose([f"experiment={experiment}", f"strategy={strategy}"])
     check_values(config)
-    alone = compose([f"strategy={strategy}"])
+    alone = without_a_preset(strategy)
     assert config["strategy"]["name"] == strategy
     assert config["strategy"]["server"].keys() == alone["strategy"]["server"].keys()
     if config["strategy"]["client"] is not None:

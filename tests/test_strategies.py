@@ -15,7 +15,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from fedssl.config import compose
 from fedssl.data.images import ImageSet
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation import simulation
@@ -138,20 +137,21 @@ def test_the_order_of_replies_does_not_matter(strategy: str, tmp_path: Path) -> 
         assert without_clock(dict(metrics or {})) == without_clock(dict(metrics_again or {}))
 
 
-def one_a_client_half() -> list[Any]:
-    """All with clients; those that share their client half with one before are slow, for it is all that a grid runs."""
-    params, seen = [], set()
-    for strategy in ("fedavg", "flesd", *WITH_CLIENTS):
-        half = compose([f"strategy={strategy}"])["strategy"]["client"]["_target_"]
-        if strategy not in [param.values[0] for param in params]:
-            params.append(pytest.param(strategy, marks=[pytest.mark.slow] if half in seen else []))
-        seen.add(half)
-    return params
+ON_EVERY_GRID = (
+    "fedavg",
+    "flesd",
+    "fedema",
+    "local_only",
+    "orchestra",
+)  # sums, similarities, memory, more than weights
 
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the garbage collector
-@pytest.mark.parametrize("strategy", one_a_client_half())
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(name, marks=[] if name in ON_EVERY_GRID else pytest.mark.slow) for name in WITH_CLIENTS],
+)
 def test_ray_equals_in_process_bit_for_bit(strategy: str, finished: Any, tmp_path: Path) -> None:
     """Weights, every metric and every byte in both directions."""
     simulation.run(small(tmp_path / "run", f"strategy={strategy}", *FOUR_ROUNDS, *ON_RAY))

@@ -7,20 +7,25 @@ similarity matrices.
 import io
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bench.measure import Result, by_sitting, in_own_process, judge
+from bench.measure import Result, judge
+from bench.sitting import Sitting, ratios, rounds_in_turn
+from bench.turns import Turns
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +35,7 @@ from fedssl import run
 from fedssl.config import compose, instantiate
 from fedssl.environment import keep_memory
 from fedssl.evaluate.features import CPU_BATCH
+from fedssl.federation.rounds import Rounds, State
 from fedssl.losses import cosine_distance, nt_xent
 from fedssl.models import Model, feature_dim
 
@@ -37,10 +43,11 @@ CLIENTS, PRIVATE, PUBLIC = 5, 1_000, 2_000  # images: of each client, in the pub
 FAMILIES = ("conv4_16", "conv4_32", "resnet8")  # partition p has families[p % 3]
 LOCAL_EPOCHS, DISTILL_EPOCHS, BATCH = 2, 3, 128
 COORDINATES = 128
-SITTINGS, ROUNDS = 8, 3  # of each engine; the first round, which starts workers, does not count
-PLAIN_ROUNDS = 3
+SITTINGS, ROUNDS = 6, 4  # of each engine; the first round, which starts workers, does not count
 LIMIT = 1.15
 CORES = len(os.sched_getaffinity(0))
+SCRIPTS = Path(__file__).parents[1]
+Wait = Callable[[], None]  # between two rounds, for this engine's turn
 SETTINGS = [
     "experiment=cifar10_small", "partition=iid", f"public.size={PUBLIC}", f"federation.num_clients={CLIENTS}",
     f"federation.families=[{','.join(FAMILIES)}]", f"federation.server_threads={CORES}",
@@ -55,9 +62,16 @@ def images(count: int, seed: int) -> np.ndarray:
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
-def ours(num_rounds: int) -> list[float]:
+def ours(num_rounds: int, wait: Wait) -> list[float]:
     """Seconds of the rounds of a run, its checkpoints and logs included and its evaluation, at the end, left out."""
-    with tempfile.TemporaryDirectory() as folder:
+    one_round = Rounds.one_round
+
+    def in_turn(self: Rounds, state: State, round_num: int) -> State:
+        if round_num > 1:
+            wait()
+        return one_round(self, state, round_num)
+
+    with tempfile.TemporaryDirectory() as folder, patch.object(Rounds, "one_round", in_turn):
         root = Path(folder)
         for split, count in (("train", CLIENTS * PRIVATE + PUBLIC), ("test", 100)):
             write_parquet(root / "cifar10" / f"{split}-0.parquet", images(count, 0))
@@ -138,12 +152,14 @@ def _step(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
     optimiser.zero_grad()
 
 
-def parts(num_rounds: int) -> list[float]:
+def parts(num_rounds: int, wait: Wait) -> list[float]:
     """Seconds of rounds that are nothing but those steps: clients at once on the cores, then students at once."""
     families = [FAMILIES[p % len(FAMILIES)] for p in range(CLIENTS)]
     done = []
     with ProcessPoolExecutor(CORES, initializer=_one_core) as pool:
-        for _ in range(num_rounds):
+        for round_num in range(1, num_rounds + 1):
+            if round_num > 1:
+                wait()
             started = time.perf_counter()
             for task, names in ((bare_client, families), (bare_server, list(FAMILIES))):
                 longest_first = sorted(names, key=FAMILIES.index, reverse=True)
@@ -198,7 +214,7 @@ def plain_client(seed: int, family: str, state: Mapping[str, Tensor]) -> np.ndar
     return (z @ z.T).numpy()
 
 
-def plain(num_rounds: int) -> list[float]:
+def plain(num_rounds: int, wait: Wait) -> list[float]:
     """Seconds of its rounds."""
     torch.set_num_threads(CORES)
     models = {family: new_model(family) for family in FAMILIES}
@@ -221,14 +237,26 @@ def plain(num_rounds: int) -> list[float]:
 
 
 # --- together -------------------------------------------------------------------------------------------------------
+ENGINES: dict[str, Callable[[int, Wait], list[float]]] = {"parts": parts, "ours": ours, "plain": plain}
+
+
+def start(engine: str, folder: Path) -> Sitting:
+    """One start of an engine."""
+    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])
+    command = [sys.executable, "-m", "bench.flesd", engine]
+    return Sitting(engine, command, folder, {**os.environ, "PYTHONPATH": path})
+
+
 def flesd() -> Result:
-    """Sittings in turn, each paired with the other engine's."""
+    """Sittings of ours and the parts, forwards and backwards in turn, and their rounds in turn."""
     done: dict[str, list[list[float]]] = {"parts": [], "ours": []}
-    for i in range(SITTINGS):
-        for engine in done if i % 2 == 0 else reversed(done):
-            done[engine].append(in_own_process(f"bench.flesd.{engine}({ROUNDS})")[1:])
-    ratios = by_sitting(done["ours"], done["parts"])
-    done["plain"] = [in_own_process(f"bench.flesd.plain({PLAIN_ROUNDS})")[1:]]
+    with tempfile.TemporaryDirectory(prefix="fedssl-flesd-") as name:
+        for i in range(SITTINGS):
+            starts = [partial(start, engine, Path(name)) for engine in (done if i % 2 == 0 else reversed(done))]
+            for engine, report in rounds_in_turn(starts, ROUNDS - 1).items():
+                done[engine].append(report["seconds"][1:])
+        [report] = rounds_in_turn([partial(start, "plain", Path(name))], 0).values()
+        done["plain"] = [report["seconds"][1:]]
     figures: dict[str, Any] = {
         "unit": "seconds per round",
         "cores": CORES,
@@ -236,4 +264,19 @@ def flesd() -> Result:
         "rounds": done,
         "medians": {engine: float(np.median(seconds)) for engine, seconds in done.items()},
     }
-    return figures, [judge("flesd.round", ratios, LIMIT, "lower")]
+    return figures, [judge("flesd.round", ratios(done["ours"], done["parts"]), LIMIT, "lower")]
+
+
+def main() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--turns", type=Path)
+    given = parser.parse_args()
+    seconds = ENGINES[given.engine](ROUNDS, Turns(given.turns).wait)
+    print("RESULT", json.dumps({"seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    from bench.flesd import main as importable  # processes import what they run by this module's name, not `__main__`
+
+    importable()

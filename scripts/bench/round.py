@@ -1,18 +1,18 @@
 """A round of federated averaging in pfl-research's CIFAR-10 setting: ours, none at all, and the peers."""
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.measure import Bar, Result, by_sitting, judge, median_interval
+from bench.measure import Bar, Result, judge, median_interval
 from bench.round_task import COHORT, NUM_CLIENTS, Task
+from bench.sitting import Sitting, ratios, rounds_in_turn
 
 from fedssl.seeding import numpy_generator
 
@@ -21,7 +21,6 @@ SITTINGS = 15  # each engine that a bar compares starts once in each, in alterna
 EVERY = 5  # the others start in each fifth
 TIMED = 4  # rounds of a sitting after the first
 OWN_COHORTS = ("flower_100", "flower_stock")  # so their weights are others
-LIMIT_S = 600  # for an engine's sitting
 BARS = {"round.bound": 1.10, "round.flower": 2.0, "round.pfl": 1.0, "round.first_s": 5.0}
 TOLERANCE = 1e-5  # of weights after the first round: engines differ in the order of their sums
 
@@ -47,8 +46,8 @@ def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
     return found, missing
 
 
-def sit(engine: str, command: Sequence[str], folder: Path, processes: int) -> dict[str, Any]:
-    """Start one engine alone; what it reported."""
+def start(engine: str, command: Sequence[str], folder: Path, processes: int) -> Sitting:
+    """One start of an engine on the task in `folder`."""
     own = 1 if engine in ("pfl_1", "ours_in_process") else processes
     given = ["--rounds", str(1 + TIMED), "--processes", str(own), "--started", str(time.time())]
     environment = {
@@ -57,21 +56,8 @@ def sit(engine: str, command: Sequence[str], folder: Path, processes: int) -> di
         "CUDA_VISIBLE_DEVICES": "",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    done = subprocess.run(
-        [*command, str(folder), *given],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-    crashed_at_the_end = done.returncode and line is not None and engine.startswith("pfl")  # its processes now and then
-    if line is None or (done.returncode and not crashed_at_the_end):
-        raise RuntimeError(f"{engine} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    print(f"{engine}: {line}", file=sys.stderr, flush=True)
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return {**result, "exit": done.returncode}
+    crashes = engine.startswith("pfl")  # its processes now and then
+    return Sitting(engine, [*command, str(folder), *given], folder, environment, crashes_at_its_end=crashes)
 
 
 def differences(folder: Path, engines: Sequence[str]) -> dict[str, float]:
@@ -91,7 +77,7 @@ def differences(folder: Path, engines: Sequence[str]) -> dict[str, float]:
 
 
 def round() -> Result:
-    """Sittings of the engines, each alone, forwards and backwards in turn."""
+    """Sittings of the engines, forwards and backwards in turn; the ratios are of rounds that follow each other."""
     processes = len(os.sched_getaffinity(0))
     found, missing = commands(processes)
     sittings: dict[str, list[dict[str, Any]]] = {engine: [] for engine in found}
@@ -104,12 +90,14 @@ def round() -> Result:
         compared = {"plain", "ours_ray", "flower_1000", f"pfl_{processes}"}
         for sitting in range(SITTINGS):
             engines = [engine for engine in found if engine in compared or sitting % EVERY == 0]
-            for engine in engines if sitting % 2 == 0 else reversed(engines):
-                sittings[engine].append(sit(engine, found[engine], folder, processes))
+            order = engines if sitting % 2 == 0 else engines[::-1]
+            starts = [partial(start, engine, found[engine], folder, processes) for engine in order]
+            for engine, report in rounds_in_turn(starts, TIMED).items():
+                sittings[engine].append(report)
         off = differences(folder, list(found))
 
     def pairs(numerator: str, denominator: str) -> list[float]:
-        return by_sitting(*([one["seconds"][1:] for one in sittings[engine]] for engine in (numerator, denominator)))
+        return ratios(*([one["seconds"][1:] for one in sittings[engine]] for engine in (numerator, denominator)))
 
     bars = [
         judge("round.bound", pairs("ours_ray", "plain"), BARS["round.bound"], "lower"),

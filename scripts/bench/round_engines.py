@@ -65,7 +65,7 @@ def _plain(given: Namespace, rank: int, sums: Tensor, barrier: Any) -> None:
     model, weights = task.model(), task.initial
     flatten, unflatten = nn.utils.parameters_to_vector, nn.utils.vector_to_parameters
     barrier.wait(WAIT_S)
-    clock = Clock(given)
+    clock = Clock(given) if rank == 0 else None
     for cohort in task.cohorts[: given.rounds]:
         own = torch.zeros(NUM_PARAMETERS)
         for client in cohort[rank :: given.processes]:
@@ -75,10 +75,12 @@ def _plain(given: Namespace, rank: int, sums: Tensor, barrier: Any) -> None:
         sums[rank] = own
         barrier.wait(WAIT_S)
         weights = sums.sum(dim=0) / COHORT
-        barrier.wait(WAIT_S)
-        if rank == 0:
+        if clock is not None:
             clock.lap(partial(torch.clone, weights))
-    if rank == 0:
+        barrier.wait(WAIT_S)  # the others wait for the turn with it
+        if clock is not None:
+            clock.begin()
+    if clock is not None:
         clock.report()
 
 

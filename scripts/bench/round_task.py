@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench.turns import Turns
 from torch import Tensor, nn
 
 NUM_CLIENTS = 1_000
@@ -83,32 +84,42 @@ class Task:
 
 
 def arguments() -> Namespace:
-    """What `round.py` tells an engine: its name, the task's folder, rounds, processes, and when it was started."""
+    """What `round.py` tells an engine: its name, the task's folder, rounds, processes, turns, when it was started."""
     parser = ArgumentParser()
     parser.add_argument("engine")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--processes", type=int)
+    parser.add_argument("--turns", type=Path)
     parser.add_argument("--started", type=float)
     return parser.parse_args()
 
 
 class Clock:
-    """Times the rounds of an engine; made when everything is there and the first one can begin."""
+    """Times the rounds of an engine; made when everything is there and the first one can begin.
+
+    After each but the last the engine waits until `round.py` gives it another turn.
+    """
 
     def __init__(self, given: Namespace) -> None:
         self._given = given
         self._start_s = time.time() - given.started
+        self._turns = Turns(given.turns)
         self._seconds: list[float] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """The next round begins now, not at the end of `lap`: an engine of several processes has told them all."""
         self._last = time.perf_counter()
 
     def lap(self, weights: Callable[[], Tensor]) -> None:
-        """A round has ended with these (parameters,); those of the first are kept, to be compared."""
-        now = time.perf_counter()
-        self._seconds.append(now - self._last)
+        """A round has ended with these (parameters,), the first round's are kept, to be compared; wait for a turn."""
+        self._seconds.append(time.perf_counter() - self._last)
         if len(self._seconds) == 1:
             np.save(self._given.folder / f"weights_{self._given.engine}.npy", weights().detach().double().numpy())
-        self._last = time.perf_counter()
+        if len(self._seconds) < self._given.rounds:
+            self._turns.wait()
+        self.begin()
 
     def report(self, **more: float | str) -> None:
         """Tell `round.py`, and what else is worth keeping."""

@@ -2,13 +2,10 @@
 
 import sys
 import threading
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from bench.round_task import Clock, Task, arguments
 from blazefl.core import ThreadPoolClientTrainer, deserialize_model, serialize_model
-from round_task import Clock, Task, arguments
 from torch import Tensor
 
 
