@@ -20,8 +20,9 @@ from fedssl.report import compare, main, write_run_report
 from fedssl.report.caveats import caveats
 from fedssl.report.comparison import Comparison
 from fedssl.report.curves import over_cost
+from fedssl.report.found import find_runs
 from fedssl.report.pages import Cell
-from fedssl.report.runs import Run, find_runs, read_run, tell_apart
+from fedssl.report.runs import Run, read_run, tell_apart
 from fedssl.report.sections import Section, sort_runs
 from fedssl.report.spread import spread_table
 

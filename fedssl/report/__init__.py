@@ -10,9 +10,10 @@ from pathlib import Path
 
 from fedssl.errors import ConfigError, DataError, FedSSLError
 from fedssl.report.comparison import Comparison
+from fedssl.report.found import find_jobs, find_runs, is_run
 from fedssl.report.pages import plural
 from fedssl.report.run_page import run_page
-from fedssl.report.runs import Run, find_jobs, find_runs, is_run, read_run
+from fedssl.report.runs import Run, read_run
 from fedssl.report.sections import sort_runs
 from fedssl.tracking import write_text
 

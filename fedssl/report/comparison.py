@@ -15,6 +15,7 @@ from fedssl.errors import ConfigError
 from fedssl.plots import cost_figure, curves_figure, dots_figure, human_bytes, map_figure, palette, partition_figure
 from fedssl.report.caveats import caveats
 from fedssl.report.curves import over_cost, over_rounds
+from fedssl.report.found import Job, NotStarted
 from fedssl.report.gap import CENTRAL, LOCAL
 from fedssl.report.pages import (
     Cell,
@@ -28,7 +29,7 @@ from fedssl.report.pages import (
     plural,
     render,
 )
-from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, Job, NotStarted, PublicMap, Run, flatten
+from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, PublicMap, Run, flatten
 from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section
 from fedssl.report.spread import clients_pictures, spread_table
 from fedssl.tracking import duration
