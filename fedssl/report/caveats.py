@@ -27,8 +27,8 @@ def caveats(section: Section) -> list[str]:
 
 
 def _differences(section: Section) -> Iterator[str]:
-    settings = {id(run): run.conditions for run in section.runs}
-    origins = {id(run): run.provenance for run in section.runs if run.provenance}  # one that was killed may have none
+    settings = {run: run.conditions for run in section.runs}
+    origins = {run: run.provenance for run in section.runs if run.provenance}  # one that was killed may have none
     keys = varying(list(settings.values()))
     named = [key for key in keys if not covers(section.compared, key) or _overrides(section, key)]
     found = [(key, key, settings) for key in named] + [
@@ -37,8 +37,8 @@ def _differences(section: Section) -> Iterator[str]:
     for name, key, of_run in found[:MAX_KEYS]:
         values: dict[str, list[Run]] = {}
         for run in section.runs:
-            if id(run) in of_run:
-                values.setdefault(of_run[id(run)].get(key, "unset"), []).append(run)
+            if run in of_run:
+                values.setdefault(of_run[run].get(key, "unset"), []).append(run)
         parts = [f"{_short(value)} in {_who(section, runs)}" for value, runs in list(values.items())[:MAX_NAMES]]
         if len(values) > MAX_NAMES:
             parts.append(f"{len(values) - MAX_NAMES} other values")
@@ -64,9 +64,9 @@ def _overrides(section: Section, key: str) -> bool:
 
 
 def _who(section: Section, runs: Sequence[Run]) -> str:
-    names, named = [], {id(run) for run in runs}
+    names, named = [], set(runs)
     for group in section.groups:
-        own = [run for run in group.runs if id(run) in named]
+        own = [run for run in group.runs if run in named]
         if own:
             names.append(group.label if len(own) == len(group.runs) else f"{group.label} (seed {_seeds_of(own)})")
     return _listed(names)
@@ -123,10 +123,10 @@ def _unmerged(section: Section) -> Iterator[str]:
 
 
 def _seeds(section: Section) -> Iterator[str]:
-    started = {id(group): [run.seed for run in group.runs] for group in section.groups}
+    started = {group: [run.seed for run in group.runs] for group in section.groups}
     everywhere = {seed for seeds in started.values() for seed in seeds if seed is not None}
     for group in section.groups:
-        seeds = started[id(group)]
+        seeds = started[group]
         if missing := sorted(everywhere.difference(seeds)):
             yield f"{group.label} has no run of seed {', '.join(map(str, missing))}."
         done = [run.seed for run in group.completed]

@@ -104,7 +104,7 @@ class Comparison:
             row |= {name: run.total(name) for name in ("uplink_bytes", "downlink_bytes")}
             row |= flatten(run.summary)
             row |= {f"num_{kind}": run.tasks.get(kind) for kind in OUTCOMES}
-            row |= {"gap_recovered": recovered[id(run)]} if id(run) in recovered else {}
+            row |= {"gap_recovered": recovered[run]} if run in recovered else {}
             row |= {"status": run.status, "strategy": run.strategy, "data": run.data, "run_dir": str(run.path)}
             for control, metrics in run.controls().items():
                 row |= {f"{control.replace(' ', '_')}.{name}": metrics[name] for name in METRICS if name in metrics}
@@ -205,7 +205,7 @@ def _section_table(section: Section) -> Table:
                     group.label,
                     str(len(done)) if len(done) == len(group.runs) else f"{len(done)} of {len(group.runs)}",
                     *(_mean_cell(group, name) for name in shown),
-                    *(mean_and_std([recovered[id(run)] for run in group.runs if id(run) in recovered]) for _ in gap),
+                    *(mean_and_std([recovered[run] for run in group.runs if run in recovered]) for _ in gap),
                     *(human_bytes(float(np.mean(totals))) if totals else "–" for totals in known),
                     *(duration(float(np.mean(totals))) if totals else "–" for totals in times),
                 ]
@@ -359,14 +359,14 @@ def _maps(section: Section) -> tuple[list[Picture], str]:
         for group in section.groups
         if (runs := [run for run in group.runs if run.public_map])
     ]
-    labels = {id(run): group.label for group in section.groups for run in group.runs}
+    labels = {run: group.label for group in section.groups for run in group.runs}
     pictures: list[Picture] = []
     for run in mapped[: MAX_MAPS - 1]:
         plane = run.public_map
         assert plane is not None
         if not pictures:
             pictures.append(_map(f"random init, seed {run.seed}", plane.initial, plane.initial_shares, plane))
-        pictures.append(_map(f"{labels[id(run)]}, seed {run.seed}", plane.trained, plane.trained_shares, plane))
+        pictures.append(_map(f"{labels[run]}, seed {run.seed}", plane.trained, plane.trained_shares, plane))
     return pictures, _left_out(len(mapped) - (MAX_MAPS - 1), "map")
 
 

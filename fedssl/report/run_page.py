@@ -30,7 +30,7 @@ class Tile:
 def run_page(run: Run, siblings: Sequence[Run]) -> str:
     """The HTML page of `run`; `siblings` are other runs of its sweep, shown as controls where they can be."""
     comparable = [other for other in siblings if other.completed and other.setting == run.setting]
-    labels = dict(zip(map(id, [run, *comparable]), _labels([run, *comparable]), strict=True))
+    labels = dict(zip([run, *comparable], _labels([run, *comparable]), strict=True))
     failures, counts = _failures(run)
     return render(
         "run.html.j2",
@@ -83,7 +83,7 @@ def _facts(run: Run) -> list[str]:
     return facts
 
 
-def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> str:
+def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[Run, str]) -> str:
     """One or two sentences on the most important metric that was measured; one seed decides nothing, so it says so."""
     metrics = run.final()
     name = next((name for name in METRICS if name in metrics), None)
@@ -99,7 +99,7 @@ def _verdict(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> st
     ]
     so_far = "" if run.completed else f"Not finished, evaluated last after round {run.eval['round'].max()}. "
     text = f"{so_far}{who} {metrics[name]:.3f} top-1 ({METRICS[name]})" + (f": {', '.join(gains)}." if gains else ".")
-    scores = {labels[id(other)]: other.final()[name] - metrics[name] for other in siblings if name in other.final()}
+    scores = {labels[other]: other.final()[name] - metrics[name] for other in siblings if name in other.final()}
     if scores:
         better = [label for label, score in scores.items() if score >= TIE]
         equal = [label for label, score in scores.items() if abs(score) < TIE]
@@ -133,7 +133,7 @@ def _tiles(run: Run) -> list[Tile]:
     return tiles
 
 
-def _controls(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> Table:
+def _controls(run: Run, siblings: Sequence[Run], labels: Mapping[Run, str]) -> Table:
     ours = run.final()
     candidates = [run.final() for run in (run, *siblings)] + list(run.controls().values())
     shown = [name for name in METRICS if any(name in metrics for metrics in candidates)]
@@ -148,10 +148,10 @@ def _controls(run: Run, siblings: Sequence[Run], labels: Mapping[int, str]) -> T
         texts = ["–" if total is None else human_bytes(total) for total in totals]
         return [*texts, duration(seconds) if isinstance(seconds, int | float) else "–"]
 
-    table.rows.append(Row([f"{labels[id(run)]} (this run)", *cells(ours), *cost(run)], "self"))
+    table.rows.append(Row([f"{labels[run]} (this run)", *cells(ours), *cost(run)], "self"))
     first = shown[0] if shown else ""
     for other in sorted(siblings, key=lambda other: -other.final().get(first, -1.0)):
-        label = labels[id(other)]
+        label = labels[other]
         if other.report_family != run.report_family:
             label += f" [{other.report_family}]"
         table.rows.append(Row([label, *cells(other.final()), *cost(other)]))

@@ -17,7 +17,7 @@ GAP_METRIC = "linear_top1"
 BySeed = Mapping[int, float]  # a value for each seed
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
     """Runs that differ in nothing but the seed."""
 
@@ -72,10 +72,10 @@ class Section:
 
         return [name for name in METRICS if known(name)]
 
-    def recovered(self) -> dict[int, float]:
-        """By `id` of a run, the gap that it recovers where that is known; see `gaps_recovered`."""
+    def recovered(self) -> dict[Run, float]:
+        """The gap that a run recovers, where that is known; see `gaps_recovered`."""
         runs = self.runs
-        return {id(runs[i]): share for i, share in gaps_recovered(runs, GAP_METRIC).items()}
+        return {runs[i]: share for i, share in gaps_recovered(runs, GAP_METRIC).items()}
 
     def reference(self, against: str | None) -> Group | None:
         """What the others are compared with.

@@ -17,8 +17,8 @@ def spread_table(section: Section) -> Table | None:
     lowest and highest client of any seed. The last column is the standard deviation over the clients of one run, its
     mean over the seeds.
     """
-    families = {id(group): _families(group) for group in section.groups}
-    clients = any(_client_values(g, f, name) for g in section.groups for f in families[id(g)] for name in HEADLINE)
+    families = {group: _families(group) for group in section.groups}
+    clients = any(_client_values(g, f, name) for g in section.groups for f in families[g] for name in HEADLINE)
     several = any(len(found) > 1 for found in families.values())
     if not clients and not several:
         return None
@@ -27,7 +27,7 @@ def spread_table(section: Section) -> Table | None:
     heads = ["", "family", "clients", *(METRICS[name] for name in shown)]
     table = Table(heads=heads + ([f"{METRICS[between]}: std over clients"] if between else []), num_words=2)
     for group in section.groups:
-        for family in families[id(group)]:
+        for family in families[group]:
             own = "self" if several and family == group.runs[0].report_family else ""
             cells: list[str | Cell] = [_cell(group, family, name) for name in shown]
             if between:
