@@ -166,18 +166,23 @@ def _cut(path: Path, offset: int) -> int:
 def manifest(config: Mapping[str, Any], *, data: Mapping[str, str]) -> dict[str, Any]:
     """Where a run's numbers come from: code, machine, data and command. What `manifest.json` holds.
 
+    All of it is of the run's first sitting; `resumed` will list the later ones.
+
     Args:
         config: the resolved configuration; only its `seed` is read.
         data: name of each image set -> sha256 of it, in hex.
     """
+    return {**sitting(), "seed": config.get("seed"), "data": dict(data)}
+
+
+def sitting() -> dict[str, Any]:
+    """When, how, with what code and on what machine this process works on a run."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
-        "seed": config.get("seed"),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "hardware": _hardware(),
-        "data": dict(data),
     }
 
 

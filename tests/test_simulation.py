@@ -460,6 +460,23 @@ def test_a_longer_run_is_the_shorter_one_gone_on(flesd: Path, tmp_path: Path, mo
     assert_same_run(tmp_path / "run", flesd)
 
 
+def test_later_sittings_are_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one's entries stay, since the run is known by them."""
+    monkeypatch.setattr("fedssl.tracking._git", lambda: {"commit": "first", "dirty": False})
+    fedssl.run(small(tmp_path / "run", *FLESD, "federation.num_rounds=1", "evaluate.every=9"))
+    first = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    for num_rounds in (2, 3):
+        later = {"commit": f"for round {num_rounds}", "dirty": True}
+        monkeypatch.setattr("fedssl.tracking._git", lambda later=later: later)
+        config = small(tmp_path / "run", *FLESD, f"federation.num_rounds={num_rounds}", "evaluate.every=9")
+        simulation.resume(config, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    resumed = manifest.pop("resumed")
+    assert manifest == first
+    assert [sitting["git"]["commit"] for sitting in resumed] == ["for round 2", "for round 3"]
+    assert all(set(sitting) == {"started", "command", "versions", "git", "hardware"} for sitting in resumed)
+
+
 def test_a_run_with_other_images_is_not_resumed(tmp_path: Path) -> None:
     fedssl.run(small(tmp_path / "run", *FLESD, "federation.num_rounds=1", "evaluate.every=9"))
     with pytest.raises(DataError, match="partitions other images"):

@@ -42,7 +42,7 @@ from fedssl.federation.store import ClientStore
 from fedssl.lock import NAME as LOCK
 from fedssl.lock import check_free, held
 from fedssl.resuming import DEPLOYMENT
-from fedssl.tracking import Progress, Tracker, manifest, warnings_shown_by, write_json, write_text
+from fedssl.tracking import Progress, Tracker, manifest, sitting, warnings_shown_by, write_json, write_text
 
 MAX_MAPPED = 1000  # public images on the map
 OTHER_STORE = "choose another folder for each run (in a sweep, leave client.store out)"
@@ -115,11 +115,12 @@ def resume(config: Mapping[str, Any], run_dir: Path, *, deployed: DeployedGrid |
         strategy = build_strategy(setup)
         manifest_path = run_dir / "manifest.json"
         if manifest_path.exists():
-            began_with = yaml.safe_load(manifest_path.read_text())["data"]
-            if began_with != _digests(setup):
+            before = json.loads(manifest_path.read_text())
+            if before["data"] != _digests(setup):
                 raise ConfigError(
                     f"the images are not those that {run_dir} began with (manifest.json: data): set data.root"
                 )
+            write_json(manifest_path, {**before, "resumed": [*before.get("resumed", ()), sitting()]})
         else:
             write_json(manifest_path, manifest(config, data=_digests(setup)))
         if not (run_dir / "partition.npz").exists():
