@@ -20,6 +20,7 @@ from fedssl.report import compare, main, write_run_report
 from fedssl.report.caveats import caveats
 from fedssl.report.comparison import Comparison
 from fedssl.report.curves import over_cost
+from fedssl.report.facts import facts
 from fedssl.report.found import find_runs
 from fedssl.report.pages import Cell
 from fedssl.report.runs import Run, read_run, tell_apart
@@ -529,9 +530,13 @@ def test_no_odd_entry_takes_the_others_down(
     entries = {
         "summary.json": [[key] for key in (*held, "simulated_seconds", "notes")]
         + [["families", "a"], ["families", "a", "num_clients"], ["families", "a", "linear_top1"]],
-        "manifest.json": [["seed"], ["versions"], ["data"], ["data", "digits/train"], ["git"], ["hardware"]],
-        "config.yaml": [["seed"], ["strategy"], ["data"], ["data", "name"], ["federation"]]
-        + [["federation", key] for key in ("families", "report_family", "num_clients", "devices")],
+        "manifest.json": [["seed"], ["versions"], ["data"], ["data", "digits/train"], ["git"], ["hardware"]]
+        + [["resumed"]],
+        "config.yaml": [["seed"], ["strategy"], ["data"], ["data", "name"], ["federation"], ["partition"], ["client"]]
+        + [
+            ["federation", key]
+            for key in ("families", "report_family", "num_clients", "devices", "num_rounds", "cohort_size")
+        ],
         "metrics.jsonl": [
             [scope, key] for scope in ("eval", "client", "round") for key in ("round", "partition", "family")
         ]
@@ -1197,6 +1202,76 @@ def test_another_machine_or_commit_is_a_warning(tmp_path: Path) -> None:
         "Not only the seed: device is cpu in flesd (seed 0, 2); cuda in flesd (seed 1).",
         "Not only the seed: git.commit (manifest) is abc0 in flesd (seed 0); abc1 in flesd (seed 1).",
     ]
+
+
+SHOWN = {
+    "data": {"name": "digits", "num_images": 140},
+    "partition": {"_target_": "fedssl.data.partition.Dirichlet", "alpha": 0.3, "min_size": 10},
+    "federation": {"num_clients": 5, "cohort_size": None, "num_rounds": 3, "families": ["conv4_16", "resnet8"]},
+    "client": {"local_epochs": 1},
+}
+
+
+def write_manifest(run: Path, **entries: Any) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | entries))
+
+
+@words
+def test_setting_and_origin_are_said_though_all_runs_share_them(tmp_path: Path) -> None:
+    for seed, epochs in enumerate((1, 5)):
+        run = make_run(tmp_path / str(seed), seed=seed, config={**SHOWN, "client": {"local_epochs": epochs}})
+        hardware = {"cpu": "EPYC 7", "cores": 2, "gpus": ["H100, 85 GB"]}
+        write_manifest(run, git={"commit": "abcdef0123456789", "dirty": False}, hardware=hardware)
+    compare([tmp_path], tmp_path / "out")
+    for text in ((tmp_path / "out" / "results.md").read_text(), texts((tmp_path / "out" / "report.html").read_text())):
+        assert (
+            "Setting: digits (data.num_images=140); 5 clients; all in a round; partition dirichlet (alpha=0.3, "
+            "min_size=10); conv4_16, resnet8; 3 rounds; 1 local epoch or 5 local epochs; seeds 0, 1."
+        ) in text
+        assert "Origin: commit abcdef0123; EPYC 7, 2 cores, H100, 85 GB; torch 9.8.7." in text
+
+
+def test_a_fact_that_no_run_knows_is_left_out(tmp_path: Path) -> None:
+    (make_run(tmp_path / "0") / "manifest.json").unlink()
+    (section,) = sections_of(tmp_path)
+    assert facts(section) == ["Setting: digits; 5 clients; conv4_16, resnet8, conv4_32; seed 0."]
+
+
+def test_runs_of_uncommitted_code_are_a_warning(tmp_path: Path) -> None:
+    """Also where all runs are."""
+    for i, strategy in enumerate(("flesd", "fedavg")):
+        for seed in range(2):
+            dirty = strategy == "flesd" or seed == 1
+            run = make_run(tmp_path / f"{i}{seed}", seed=seed, strategy=strategy)
+            write_manifest(run, git={"commit": "abc", "dirty": dirty})
+    (section,) = sections_of(tmp_path)
+    said = [warning for warning in beside_missing(section) if "dirty" in warning]
+    assert said == [
+        "Code with uncommitted changes (git.dirty in manifest.json), so that no commit gives these runs again: flesd, "
+        "fedavg (seed 1)."
+    ]
+    assert facts(section)[1].startswith("Origin: commit abc with uncommitted changes or commit abc; ")
+
+
+def test_a_run_that_went_on_elsewhere_is_a_warning(tmp_path: Path) -> None:
+    """Seed 1 went on as it began."""
+    for seed in range(2):
+        first = {"git": {"commit": "abc", "dirty": False}, "hardware": {"cpu": "one"}}
+        later = {"started": "then", "versions": {"torch": "9.8.7"}, **first}
+        moved = later | ({"git": {"commit": "def", "dirty": True}, "hardware": {"cpu": "two"}} if seed == 0 else {})
+        write_manifest(make_run(tmp_path / str(seed), seed=seed), **first, resumed=[later, moved])
+    (section,) = sections_of(tmp_path)
+    assert beside_missing(section) == [
+        "Code with uncommitted changes (git.dirty in manifest.json), so that no commit gives these runs again: flesd "
+        "(seed 0).",
+        f"Went on with other code or on another machine than before. flesd, seed 0: git.commit abc, then def; "
+        f"git.dirty False, then True; hardware.cpu one, then two ({tmp_path / '0'}).",
+    ]
+    assert facts(section)[1] == (
+        "Origin: commit abc or commit def with uncommitted changes; one, no GPU or two, no GPU; torch 9.8.7."
+    )
+    assert "resumed 2.git.commit" in write_run_report(tmp_path / "0").read_text()
 
 
 def test_many_differences_are_named_without_their_values(tmp_path: Path) -> None:

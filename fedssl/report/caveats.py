@@ -1,6 +1,7 @@
 """What a reader of a comparison should know before believing it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 from fedssl.report.pages import TIE, plural
 from fedssl.report.runs import METRICS, Run, varying
@@ -10,19 +11,20 @@ from fedssl.settings import covers
 MAX_KEYS = 12  # that are described; beyond it they are named
 MAX_NAMES = 4  # values of a key, groups of a value
 MAX_RUNS = 10
+DIRTY = "git.dirty"  # of a manifest; has a warning of its own
 CONTROLS = ("public_only", "placebo", "best_client", "local_only", "fedavg", "centralized")  # names in conf/strategy
 
 
 def caveats(section: Section) -> list[str]:
-    """What differs beside compared settings and the seed, what did not finish, what has lost its rows.
+    """One sentence for each reason to doubt the section.
 
-    Also whose uploads were not merged, which seeds are missing or double.
-
-    And which controls are missing, or are not the same for all runs of a seed.
+    In this order: settings and origins that differ beside what is compared; code that nobody can get back; runs that
+    went on elsewhere, did not finish, or have lost rows; clients whose uploads were not merged; seeds that are missing
+    or double; controls that differ within a seed, or are missing.
     """
     return [
-        *_differences(section), *_unfinished(section), *_without_rows(section), *_unmerged(section), *_seeds(section),
-        *_controls(section), *_missing(section),
+        *_differences(section), *_uncommitted(section), *_moved(section), *_unfinished(section),
+        *_without_rows(section), *_unmerged(section), *_seeds(section), *_controls(section), *_missing(section),
     ]  # fmt: skip
 
 
@@ -32,7 +34,7 @@ def _differences(section: Section) -> Iterator[str]:
     keys = varying(list(settings.values()))
     named = [key for key in keys if not covers(section.compared, key) or _overrides(section, key)]
     found = [(key, key, settings) for key in named] + [
-        (f"{key} (manifest)", key, origins) for key in varying(list(origins.values()))
+        (f"{key} (manifest)", key, origins) for key in varying(list(origins.values())) if key != DIRTY
     ]
     for name, key, of_run in found[:MAX_KEYS]:
         values: dict[str, list[Run]] = {}
@@ -47,12 +49,43 @@ def _differences(section: Section) -> Iterator[str]:
         yield f"And {plural(len(rest), 'more setting')}: {', '.join(rest)}."
 
 
-def _overrides(section: Section, key: str) -> bool:
-    """Whether `key` repeats a setting from above in some strategies, and in others has a value of its own.
+def _uncommitted(section: Section) -> Iterator[str]:
+    """Runs with a sitting whose code is in no commit; the fact line has the commit that it was changed from."""
+    found = [run for run in section.runs if any(sitting.get(DIRTY) == str(True) for sitting in run.sittings)]
+    if found:
+        yield (
+            f"Code with uncommitted changes (git.dirty in manifest.json), so that no commit gives these runs again: "
+            f"{_who(section, found)}."
+        )
 
-    `strategy.client.local_epochs=5` for one of them is no part of what strategies are; the setting from above is the
-    same for all, so nothing else would tell. Settings share names: a key with one value
-    everywhere is no override of `client.batch_size` because that is the same for some.
+
+def _moved(section: Section) -> Iterator[str]:
+    """Runs that went on with other code or on another machine than they began with."""
+    named = []
+    for group in section.groups:
+        for run in group.runs:
+            known = [sitting for sitting in run.sittings if sitting]
+            if keys := varying(known):
+                said = [f"{key} {_chain(sitting.get(key, 'unset') for sitting in known)}" for key in keys[:MAX_NAMES]]
+                said += [f"{plural(len(keys) - MAX_NAMES, 'more key')}"] if len(keys) > MAX_NAMES else []
+                named.append(f"{group.label}, seed {run.seed}: {'; '.join(said)} ({run.path})")
+    if named:
+        more = [f"{len(named) - MAX_RUNS} more runs"] if len(named) > MAX_RUNS else []
+        yield f"Went on with other code or on another machine than before. {'. '.join(named[:MAX_RUNS] + more)}."
+
+
+def _chain(values: Iterable[str]) -> str:
+    """The values one after the other, those that follow an equal one left out."""
+    return ", then ".join(_short(value) for value, _ in groupby(values))
+
+
+def _overrides(section: Section, key: str) -> bool:
+    """Whether one strategy sets `key` for itself, which others take from the settings above.
+
+    A strategy's YAML repeats settings: `strategy.client.local_epochs: ${client.local_epochs}`. With
+    `strategy.client.local_epochs=5` one strategy trains longer than the others, and `client.local_epochs`, which is
+    the same for all, does not tell. A key that has one value wherever it stands is no such case, whatever it is called
+    and whether or not a setting of that name happens to have the same value.
     """
     if not covers(["strategy"], key) or covers([name for name in section.compared if name != "strategy"], key):
         return False

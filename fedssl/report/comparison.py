@@ -15,6 +15,7 @@ from fedssl.errors import ConfigError
 from fedssl.plots import cost_figure, curves_figure, dots_figure, human_bytes, map_figure, palette, partition_figure
 from fedssl.report.caveats import caveats
 from fedssl.report.curves import over_cost, over_rounds
+from fedssl.report.facts import facts
 from fedssl.report.found import Job, NotStarted
 from fedssl.report.gap import CENTRAL, LOCAL
 from fedssl.report.pages import (
@@ -124,7 +125,12 @@ class Comparison:
         """The sections' tables and warnings, as Markdown."""
         parts = []
         for section, warnings in zip(self.sections, self.warnings, strict=True):
-            parts += [f"## {section.title}", markdown(_section_table(section)), *_section_notes(section, self.against)]
+            parts += [
+                f"## {section.title}",
+                *facts(section),
+                markdown(_section_table(section)),
+                *_section_notes(section, self.against),
+            ]
             if warnings:
                 parts.append("Warnings:\n\n" + "\n".join(f"- {warning}" for warning in warnings))
             if paired := _paired(section, self.against):
@@ -150,7 +156,7 @@ class Comparison:
         """The HTML page; links to the runs' own reports are relative to the folder `out`."""
         strategies = {run.strategy for run in self.runs}
         completed = sum(run.completed for run in self.runs)
-        facts = [
+        counts = [
             plural(len(strategies), "strategy", "strategies"),
             plural(len({run.seed for run in self.runs}), "seed"),
             f"{completed} of {len(self.runs)} completed",
@@ -163,6 +169,7 @@ class Comparison:
             sections.append(
                 {
                     "title": section.title,
+                    "facts": facts(section),
                     "table": _section_table(section),
                     "notes": _section_notes(section, self.against),
                     "warnings": warnings,
@@ -181,7 +188,7 @@ class Comparison:
             "compare.html.j2",
             {
                 "title": f"Comparison of {plural(len(self.runs), 'run')}",
-                "facts": facts,
+                "facts": counts,
                 "broken": self.broken,
                 "jobs": self.jobs,
                 "sections": sections,

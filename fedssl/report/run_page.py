@@ -344,7 +344,8 @@ def _phases(run: Run) -> Table | None:
 
 
 def _manifest(run: Run) -> dict[str, str]:
-    flat = flatten(run.manifest)
+    resumed = {f"resumed {i}": node for i, node in enumerate(run.manifest.get("resumed") or (), start=1)}
+    flat = flatten({key: value for key, value in run.manifest.items() if key != "resumed"} | resumed)
     return {key: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for key, v in flat.items() if v is not None}
 
 

@@ -278,10 +278,18 @@ class Run:
         """The flattened configuration without what has no consequence: what two runs of a comparison should share."""
         return _settings(fill_in(self.config), drop=INERT)
 
-    @cached_property
+    @property
     def provenance(self) -> dict[str, str]:
-        """Code and machine that it ran on, as far as its manifest says; likewise."""
-        return {key: str(value) for key, value in flatten(self.manifest).items() if covers(PROVENANCE, key)}
+        """Code and machine that it began on, as far as its manifest says; likewise."""
+        return self.sittings[0]
+
+    @cached_property
+    def sittings(self) -> list[dict[str, str]]:
+        """Of each sitting, the first one and those that went on with it, code and machine."""
+        return [
+            {key: str(value) for key, value in flatten(node).items() if covers(PROVENANCE, key)}
+            for node in (self.manifest, *(self.manifest.get("resumed") or ()))
+        ]
 
     @cached_property
     def setting(self) -> dict[str, str]:
@@ -316,7 +324,7 @@ def read_run(path: Path) -> Run:
     try:  # files may be whole and hold something else
         _check(run)
         _ = {run.seed}, run.final(), run.controls(), run.server, run.clients, run.choices, run.setting
-        _ = run.tasks, run.idle_rounds, run.never_merged, run.conditions, run.provenance, flatten(run.summary)
+        _ = run.tasks, run.idle_rounds, run.never_merged, run.conditions, run.sittings, flatten(run.summary)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{path} holds something else than a run ({type(error).__name__}: {error}).") from error
     return run
