@@ -530,8 +530,15 @@ def test_no_odd_entry_takes_the_others_down(
     entries = {
         "summary.json": [[key] for key in (*held, "simulated_seconds", "notes")]
         + [["families", "a"], ["families", "a", "num_clients"], ["families", "a", "linear_top1"]],
-        "manifest.json": [["seed"], ["versions"], ["data"], ["data", "digits/train"], ["git"], ["hardware"]]
-        + [["resumed"]],
+        "manifest.json": [
+            ["seed"],
+            ["versions"],
+            ["data"],
+            ["data", "digits/train"],
+            ["git"],
+            ["hardware"],
+            ["resumed"],
+        ],
         "config.yaml": [["seed"], ["strategy"], ["data"], ["data", "name"], ["federation"], ["partition"], ["client"]]
         + [
             ["federation", key]
@@ -885,7 +892,7 @@ def test_pictures_that_are_left_out_are_counted(tmp_path: Path) -> None:
 
 
 def test_missing_controls_are_named(tmp_path: Path) -> None:
-    strategies = ("flesd", "public_only", "placebo", "best_client", "fedavg", "centralized")
+    strategies = ("flesd", "public_only", "public_only_total", "placebo", "best_client", "fedavg", "centralized")
     for strategy in strategies:
         make_run(tmp_path / strategy, strategy=strategy, status="stopped" if strategy == "placebo" else "completed")
     without_range = make_run(tmp_path / "local_only", strategy="local_only")
@@ -897,10 +904,18 @@ def test_missing_controls_are_named(tmp_path: Path) -> None:
     make_run(tmp_path / "placebo", strategy="placebo")
     assert not any("missing" in warning for warning in caveats(sections_of(tmp_path)[0]))
     for run in tmp_path.iterdir():
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        kept = [line for line in lines if (line["scope"], line["round"]) != ("eval", 0)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewrite_rows(
+            run,
+            lambda row: None if (row["scope"], row["round"]) == ("eval", 0) and row["family"] != "raw_pixels" else row,
+        )
     assert caveats(sections_of(tmp_path)[0])[-1].startswith("Controls that are missing here: random init. ")
+    for run in tmp_path.iterdir():
+        rewrite_rows(run, lambda row: None if row["family"] == "raw_pixels" else row)
+    shutil.rmtree(tmp_path / "public_only_total")
+    assert caveats(sections_of(tmp_path)[0])[-1] == (
+        "Controls that are missing here: random init, raw pixels, public_only_total. Without them nobody knows what "
+        "the rest is worth; strategy=<name> runs one; evaluate.raw_pixels=true measures the pixels."
+    )
 
 
 def test_warnings_are_found_once_and_said_in_every_output(

@@ -12,7 +12,9 @@ MAX_KEYS = 12  # that are described; beyond it they are named
 MAX_NAMES = 4  # values of a key, groups of a value
 MAX_RUNS = 10
 DIRTY = "git.dirty"  # of a manifest; has a warning of its own
-CONTROLS = ("public_only", "placebo", "best_client", "local_only", "fedavg", "centralized")  # names in conf/strategy
+CONTROLS = (  # names in conf/strategy
+    "public_only", "public_only_total", "placebo", "best_client", "local_only", "fedavg", "centralized",
+)  # fmt: skip
 
 
 def caveats(section: Section) -> list[str]:
@@ -203,15 +205,16 @@ def _others(section: Section, control: str, name: str, seed: int, value: float) 
 def _missing(section: Section) -> Iterator[str]:
     """The rows without which a table proves little."""
     done = {group.runs[0].strategy for group in section.groups if group.completed}
-    missing = [] if "random init" in section.controls else ["random init"]
+    missing = [name for name in ("random init", "raw pixels") if name not in section.controls]
     missing += [name for name in CONTROLS if name not in done]
     local = [group for group in section.groups if group.runs[0].strategy == "local_only" and group.completed]
     if any(not group.values(f"{name}_min") for group in local for name in METRICS if group.values(name)):
         missing.append("lowest and highest client of local_only")
     if missing:
+        pixels = "raw pixels" in missing
         yield (
             f"Controls that are missing here: {', '.join(missing)}. Without them nobody knows what the rest is "
-            f"worth; strategy=<name> runs one."
+            f"worth; strategy=<name> runs one{'; evaluate.raw_pixels=true measures the pixels' if pixels else ''}."
         )
 
 
