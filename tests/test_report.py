@@ -19,7 +19,7 @@ from fedssl.errors import ConfigError, DataError
 from fedssl.report import compare, main, write_run_report
 from fedssl.report.caveats import caveats
 from fedssl.report.comparison import Comparison
-from fedssl.report.curves import over_cost
+from fedssl.report.curves import over_cost, over_rounds
 from fedssl.report.facts import facts
 from fedssl.report.found import find_runs
 from fedssl.report.pages import Cell
@@ -774,7 +774,8 @@ def sections_of(root: Path, *compared: str) -> list[Section]:
 
 def rows_of(text: str, title: str) -> dict[str, list[str]]:
     """The table under a title of results.md: first cell -> the others."""
-    lines = text[text.index(title) :].split("\n\n")[1].splitlines()
+    paragraphs = text[text.index(title) :].split("\n\n")
+    lines = next(paragraph for paragraph in paragraphs if paragraph.startswith("|")).splitlines()
     return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
 
 
@@ -1296,14 +1297,32 @@ def test_many_differences_are_named_without_their_values(tmp_path: Path) -> None
     assert caveats(section)[12] == "And 3 more settings: many.k12, many.k13, many.k14."
 
 
-def test_a_seed_that_ran_twice_counts_once_in_paired_differences(tmp_path: Path) -> None:
+@words
+def test_a_seed_that_ran_twice_counts_once(tmp_path: Path) -> None:
     for i, (seed, linear) in enumerate([(0, 0.90), (0, 0.94), (1, 0.96)]):
         make_run(tmp_path / str(i), seed=seed, linear=linear)
     (section,) = sections_of(tmp_path)
     assert section.groups[0].by_seed("linear_top1") == pytest.approx({0: 0.92, 1: 0.96})
-    assert beside_missing(section) == [
-        "flesd has more than one run of seed 0: each counts in the means, their mean in paired differences."
-    ]
+    assert beside_missing(section) == ["flesd has more than one run of seed 0: their mean counts, once."]
+    curve = over_rounds(section.groups[0], "linear_top1")
+    assert curve is not None
+    assert curve.y[-1] == pytest.approx(0.94)
+    compare([tmp_path], tmp_path / "out")
+    row = rows_of((tmp_path / "out" / "results.md").read_text(), "## digits, conv4_16")["flesd"]
+    assert row[:2] == ["2", "0.940 ± 0.028"]
+
+
+@words
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path: Path) -> None:
+    for name in ("0", "copy"):
+        make_run(tmp_path / "runs" / name, spread=0.02)
+    make_run(tmp_path / "runs" / "1", seed=1, status="stopped", spread=0.02)
+    compare([tmp_path / "runs"], tmp_path / "out")
+    text = (tmp_path / "out" / "results.md").read_text()
+    table = rows_of(text, "## digits, conv4_16")
+    assert table[""][0] == "seeds"
+    assert table["flesd"][:2] == ["1 of 2", "0.987 (0.967–1.007)"]
+    assert rows_of(text, "## Families and clients")["flesd"][2] == "0.967 (0.947–0.987)"  # of the last family
 
 
 def test_accuracy_against_what_was_spent(tmp_path: Path) -> None:

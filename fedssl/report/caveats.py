@@ -167,8 +167,7 @@ def _seeds(section: Section) -> Iterator[str]:
         done = [run.seed for run in group.completed]
         if double := sorted({seed for seed in done if seed is not None and done.count(seed) > 1}):
             yield (
-                f"{group.label} has more than one run of seed {', '.join(map(str, double))}: each counts in the means, "
-                f"their mean in paired differences."
+                f"{group.label} has more than one run of seed {', '.join(map(str, double))}: their mean counts, once."
             )
     if all(len({run.seed for run in group.completed}) < 2 for group in section.groups):
         yield "One seed each: differences of the size of the spread over seeds mean nothing."

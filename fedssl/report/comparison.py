@@ -31,7 +31,7 @@ from fedssl.report.pages import (
     render,
 )
 from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, PublicMap, Run, flatten
-from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section
+from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section, over_seeds
 from fedssl.report.spread import clients_pictures, spread_table
 from fedssl.tracking import duration
 
@@ -201,18 +201,18 @@ def _section_table(section: Section) -> Table:
     shown, recovered = section.shown, section.recovered()
     gap = ["gap recovered"] if recovered else []
     modelled = ["simulated"] if any(_totals(group, "simulated_seconds") for group in section.groups) else []
-    table = Table(heads=["", "runs", *(METRICS[name] for name in shown), *gap, "up", "down", "time", *modelled])
+    table = Table(heads=["", "seeds", *(METRICS[name] for name in shown), *gap, "up", "down", "time", *modelled])
     for group in section.groups:
-        done = group.completed
+        seeds = [len({run.seed for run in runs}) for runs in (group.completed, group.runs)]
         times = [_totals(group, name) for name in ("wall_seconds", *("simulated_seconds" for _ in modelled))]
         known = [_totals(group, name) for name in ("uplink_bytes", "downlink_bytes")]
         table.rows.append(
             Row(
                 [
                     group.label,
-                    str(len(done)) if len(done) == len(group.runs) else f"{len(done)} of {len(group.runs)}",
+                    str(seeds[0]) if seeds[0] == seeds[1] else f"{seeds[0]} of {seeds[1]}",
                     *(_mean_cell(group, name) for name in shown),
-                    *(mean_and_std([recovered[run] for run in group.runs if run in recovered]) for _ in gap),
+                    *(mean_and_std(over_seeds((run.seed, recovered.get(run)) for run in group.runs)) for _ in gap),
                     *(human_bytes(float(np.mean(totals))) if totals else "–" for totals in known),
                     *(duration(float(np.mean(totals))) if totals else "–" for totals in times),
                 ]

@@ -27,11 +27,17 @@ def over_cost(group: Group, name: str, cost: str) -> Curve | None:
 
 
 def _accuracies(group: Group, name: str) -> pd.DataFrame:
-    """A row a round, a column a run."""
-    tables = [run.eval[run.eval["family"] == run.report_family] for run in group.completed]
-    series = [table.dropna(subset=[name]).set_index("round")[name] for table in tables if name in table]
-    series = [values[~values.index.duplicated(keep="last")] for values in series]
-    return pd.concat(series, axis=1, join="inner").sort_index() if series else pd.DataFrame()
+    """A row a round, a column a seed: the mean where it ran more than once."""
+    series: list[tuple[str, pd.Series[float]]] = []
+    for run in group.completed:
+        table = run.eval[run.eval["family"] == run.report_family]
+        if name in table:
+            values = table.dropna(subset=[name]).drop_duplicates("round", keep="last").set_index("round")[name]
+            series.append((str(run.seed), values))
+    if not series:
+        return pd.DataFrame()
+    rounds = pd.concat([values for _, values in series], axis=1, join="inner", keys=range(len(series))).sort_index()
+    return rounds.T.groupby([seed for seed, _ in series]).mean().T
 
 
 def _curve(rounds: pd.DataFrame, spent: "pd.Series[float] | None") -> Curve | None:

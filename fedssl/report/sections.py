@@ -1,8 +1,9 @@
 """Runs sorted: what may be compared at all, what differs in more than the seed, and what is compared with what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from fedssl.settings import covers
 GAP_METRIC = "linear_top1"
 
 BySeed = Mapping[int, float]  # a value for each seed
+Seed = TypeVar("Seed", int, int | None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,16 +32,12 @@ class Group:
         return [run for run in self.runs if run.completed]
 
     def values(self, name: str) -> list[float]:
-        """One number a completed run that has it."""
-        return [metrics[name] for metrics in (run.final() for run in self.completed) if name in metrics]
+        """One number a seed that has a completed run with the metric."""
+        return over_seeds([(run.seed, run.final().get(name)) for run in self.completed])
 
     def by_seed(self, name: str) -> dict[int, float]:
         """The same by seed: the mean where a seed ran more than once."""
-        found: dict[int, list[float]] = {}
-        for run in self.completed:
-            if name in run.final() and run.seed is not None:
-                found.setdefault(run.seed, []).append(run.final()[name])
-        return {seed: float(np.mean(values)) for seed, values in found.items()}
+        return _means((run.seed, run.final().get(name)) for run in self.completed if run.seed is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +103,23 @@ class Section:
             }
             for label, values in rows.items()
         }
+
+
+def over_seeds(values: Iterable[tuple[int | None, float | None]]) -> list[float]:
+    """One number a seed, the mean where it ran more than once: a copy of a run says nothing of the spread.
+
+    Args:
+        values: of each run, its seed and the value, None where it has none.
+    """
+    return list(_means(values).values())
+
+
+def _means(values: Iterable[tuple[Seed, float | None]]) -> dict[Seed, float]:
+    found: dict[Seed, list[float]] = {}
+    for seed, value in values:
+        if value is not None:
+            found.setdefault(seed, []).append(value)
+    return {seed: float(np.mean(of_seed)) for seed, of_seed in found.items()}
 
 
 def sort_runs(runs: Sequence[Run], compare: Sequence[str] = ()) -> list[Section]:

@@ -7,7 +7,7 @@ import numpy as np
 from fedssl.plots import dots_figure
 from fedssl.report.pages import Cell, Picture, Row, Table, bounds, fraction, mean_and_std
 from fedssl.report.runs import HEADLINE, METRICS
-from fedssl.report.sections import Group, Section
+from fedssl.report.sections import Group, Section, over_seeds
 
 
 def spread_table(section: Section) -> Table | None:
@@ -71,7 +71,9 @@ def _cell(group: Group, family: str, name: str) -> Cell:
     finals = [run.final(family) for run in group.completed]
     spans = [span for span in (bounds(metrics, name) for metrics in finals) if span is not None]
     span = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else None
-    return Cell(text=mean_and_std([metrics[name] for metrics in finals if name in metrics]), span=span)
+    return Cell(
+        text=mean_and_std(over_seeds((run.seed, run.final(family).get(name)) for run in group.completed)), span=span
+    )
 
 
 def _num_clients(group: Group, family: str) -> str:
