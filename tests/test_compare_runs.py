@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,20 +13,29 @@ import yaml
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "compare_runs"
 
 
-def write_run(folder: Path, seed: int, linear: float, *, status: str = "completed", weights: bytes = b"w") -> None:
+def write_run(
+    folder: Path,
+    seed: int,
+    linear: float,
+    *,
+    status: str = "completed",
+    weights: bytes = b"w",
+    families: Sequence[str] = ("tiny",),
+    config: Mapping[str, Any] | None = None,
+) -> None:
     path = folder / str(seed)
     (path / "models").mkdir(parents=True)
     (path / "models" / "tiny.safetensors").write_bytes(weights)
-    (path / "config.yaml").write_text(yaml.safe_dump({"seed": seed}))
+    (path / "config.yaml").write_text(yaml.safe_dump({"seed": seed, **(config or {})}))
     (path / "metrics.jsonl").write_text("")
-    summary = {"status": status, "strategy": "flesd", "seed": seed, "report_family": "tiny"}
-    summary |= {"families": {"tiny": {"linear_top1": linear, "num_clients": 2}}}
+    summary = {"status": status, "strategy": "flesd", "seed": seed, "report_family": families[0]}
+    summary |= {"families": {family: {"linear_top1": linear, "num_clients": 2} for family in families}}
     (path / "summary.json").write_text(json.dumps(summary))
 
 
-def write_runs(folder: Path, figures: Mapping[int, float]) -> Path:
+def write_runs(folder: Path, figures: Mapping[int, float], **more: Any) -> Path:
     for seed, linear in figures.items():
-        write_run(folder, seed, linear)
+        write_run(folder, seed, linear, **more)
     return folder
 
 
@@ -65,6 +75,67 @@ def test_a_large_difference_that_may_be_chance_is_undecided(
     assert ("+0.0067  -0.0558 to +0.0692" in done.stdout) == (differences[0] == -1.5 * differences[1])
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ((0.5, 0.6), (0.2, 0.8)),  # half the interval is 3.2
+        ((0.50, 0.52, 0.54), (0.51, 0.50, 0.55)),  # a mean of 0, 4.303 * .0173 / sqrt(3) is .043
+    ],
+)
+def test_an_interval_beyond_the_spread_shows_nothing(
+    tmp_path: Path, ours: Sequence[float], theirs: Sequence[float]
+) -> None:
+    done = compared(*(write_runs(tmp_path / n, dict(enumerate(v))) for n, v in (("a", ours), ("b", theirs))))
+    assert done.returncode == 3, done.stdout
+    assert done.stdout.rstrip().endswith("undecided")
+
+
+def test_enough_seeds_show_that_nothing_changes(tmp_path: Path) -> None:
+    """Differences as large as the spread, .01, of eight seeds: 2.365 * .0107 / sqrt(8) is .0089."""
+    a = write_runs(tmp_path / "a", {seed: 0.5 + 0.01 * (-1) ** seed for seed in range(8)})
+    b = write_runs(tmp_path / "b", {i: 0.5 + 0.01 * (-1) ** i + 0.01 * (-1) ** (i // 2) for i in range(8)})
+    done = compared(a, b)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.rstrip().endswith("alike")
+
+
+def test_nothing_in_common_is_bad_input(tmp_path: Path) -> None:
+    figures = {0: 0.50, 1: 0.52}
+    a = write_runs(tmp_path / "a", figures, families=["conv4_16"])
+    b = write_runs(tmp_path / "b", figures, families=["resnet8"])
+    done = compared(a, b)
+    assert done.returncode == 2
+    assert "not compared: resnet8 linear_top1, which 0 of 2 runs of A and 2 of 2 runs of B have" in done.stdout
+    assert "no family has a figure that all runs of A and B have" in done.stderr
+
+
+def test_what_one_side_alone_has_is_named(tmp_path: Path) -> None:
+    a = write_runs(tmp_path / "a", {0: 0.50, 1: 0.52}, families=["tiny", "large"])
+    b = write_runs(tmp_path / "b", {0: 0.50, 1: 0.52})
+    done = compared(a, b)
+    assert done.returncode == 0
+    assert "not compared: large linear_top1, which 2 of 2 runs of A and 0 of 2 runs of B have" in done.stdout
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    """Of those that a strategy repeats the original alone; nothing that says where a run lies."""
+    for name, epochs in (("a", 10), ("b", 1)):
+        client = {"local_epochs": epochs, "compile": None if name == "a" else "default"}
+        config = {"client": client, "strategy": {"client": {"local_epochs": epochs}}, "run_dir": name}
+        write_runs(tmp_path / name, {0: 0.50, 1: 0.52}, config=config)
+        for seed in (0, 1):
+            manifest = {"git": {"commit": f"of {name}"}, "data": {"digits/train": name}}
+            (tmp_path / name / str(seed) / "manifest.json").write_text(json.dumps(manifest))
+    done = compared(tmp_path / "a", tmp_path / "b")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("differs: ")] == [
+        "differs: client.compile is null in A, default in B",
+        "differs: client.local_epochs is 10 in A, 1 in B",
+        "differs: sha256 of digits/train is a in A, b in B",
+        "differs: git.commit (manifest) is of a in A, of b in B",
+    ]
+
+
 def test_unfinished_and_unpaired_runs_are_left_out(tmp_path: Path) -> None:
     a = write_runs(tmp_path / "a", {0: 0.50, 1: 0.52, 2: 0.9})
     b = write_runs(tmp_path / "b", {0: 0.50, 1: 0.52})
@@ -73,8 +144,9 @@ def test_unfinished_and_unpaired_runs_are_left_out(tmp_path: Path) -> None:
     done = compared(a, b)
     assert done.returncode == 0, done.stderr
     assert "2 pairs, 2 with the same bits" in done.stdout
-    assert "strategy=flesd seed=2" in done.stdout
-    assert "strategy=flesd seed=3" in done.stdout
+    assert f"left out, failed: {b / '2'}" in done.stdout
+    assert "left out, in A only: strategy=flesd seed=2" in done.stdout
+    assert "left out, in B only: strategy=flesd seed=3" in done.stdout
 
 
 def test_other_bits_are_counted(tmp_path: Path) -> None:
