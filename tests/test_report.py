@@ -404,6 +404,7 @@ def test_broken_runs_are_named_and_skipped(sweep: Path, tmp_path: Path, capsys: 
     for where in (printed.err, (tmp_path / "results.md").read_text(), (tmp_path / "report.html").read_text()):
         assert str(sweep / "13" / "summary.json") in where
         assert str(sweep / "14" / "config.yaml") in where
+        assert "(flesd, seed 0)" in where
     assert str(tmp_path / "report.html") in printed.out
 
 
@@ -981,6 +982,23 @@ def test_jobs_that_left_no_run_are_named(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @words
+def test_a_job_whose_run_has_gone_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three that completed one is whole, and one is broken and named as such; a fourth is broken for a reason."""
+    make_run(tmp_path / "0")
+    (make_run(tmp_path / "1", seed=1) / "summary.json").write_text("{")
+    (make_run(tmp_path / "3", seed=3) / "summary.json").write_text("{")
+    jobs: list[dict[str, Any]] = [{"job": i, "overrides": [f"seed={i}"], "exit_code": 0} for i in range(3)]
+    jobs.append({"job": 3, "overrides": ["seed=3"], "exit_code": 1, "message": "no memory"})
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert main([str(tmp_path), "-o", str(tmp_path / "out")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no run: ")]
+    assert said == [
+        f"no run: job 2 of {tmp_path} (seed=2): completed, and its directory has gone",
+        f"no run: job 3 of {tmp_path} (seed=3): exit code 1: no memory",
+    ]
+
+
+@words
 def test_planned_jobs_that_never_began_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The sweep was killed in job 1, which has a directory; Hydra has made that of job 2 as well."""
     sweep = tmp_path / "sweep"
@@ -1067,6 +1085,16 @@ def test_clients_whose_uploads_were_not_merged_are_a_warning(tmp_path: Path) -> 
     heads = rows["run"]
     shown = [row[heads.index("ok") : heads.index("refused") + 1] for row in list(rows.values())[2:]]
     assert shown == [*expected[:-1], ["–"] * 4]
+
+
+def test_two_names_of_one_strategy_are_a_warning(tmp_path: Path) -> None:
+    for i, (name, rate) in enumerate([("flesd", 1), ("mine", 1), ("other", 2)]):
+        node = {"_target_": "strategies.flesd.FLESD", "name": name, "rate": rate}
+        make_run(tmp_path / str(i), strategy=name, config={"strategy": node})
+    (section,) = sections_of(tmp_path)
+    assert [warning for warning in caveats(section) if "same configuration" in warning] == [
+        "flesd, mine have the same configuration: they differ in the strategy's name alone."
+    ]
 
 
 def test_rounds_in_which_nobody_was_there_are_a_warning(tmp_path: Path) -> None:

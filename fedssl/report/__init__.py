@@ -56,7 +56,7 @@ def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), agains
     """
     found, broken = find_runs(runs)
     _check_out(out, [*(run.path for run in found), *broken])
-    jobs, unread = find_jobs(runs, [run.path for run in found])
+    jobs, unread = find_jobs(runs, [run.path for run in found], broken)
     comparison = Comparison(
         runs=found, broken=broken | unread, jobs=jobs, sections=sort_runs(found, keys), against=against
     )

@@ -21,12 +21,13 @@ def caveats(section: Section) -> list[str]:
     """One sentence for each reason to doubt the section.
 
     In this order: settings and origins that differ beside what is compared; code that nobody can get back; runs that
-    went on elsewhere, did not finish, or have lost rows; clients whose uploads were not merged; seeds that are missing
-    or double; controls that differ within a seed, or are missing.
+    went on elsewhere, did not finish, or have lost rows; clients whose uploads were not merged; strategies that differ
+    in their name alone; seeds that are missing or double; controls that differ within a seed, or are missing.
     """
     return [
         *_differences(section), *_uncommitted(section), *_moved(section), *_unfinished(section),
-        *_without_rows(section), *_unmerged(section), *_seeds(section), *_controls(section), *_missing(section),
+        *_without_rows(section), *_unmerged(section), *_namesakes(section), *_seeds(section), *_controls(section),
+        *_missing(section),
     ]  # fmt: skip
 
 
@@ -155,6 +156,17 @@ def _unmerged(section: Section) -> Iterator[str]:
         named = [text for _, text in sorted(found, key=lambda item: item[0])]
         more = [f"{len(named) - MAX_RUNS} more runs"] if len(named) > MAX_RUNS else []
         yield f"Not every client had its part in the result. {'; '.join(named[:MAX_RUNS] + more)}."
+
+
+def _namesakes(section: Section) -> Iterator[str]:
+    """Groups that would be one if their strategy's file were called the same."""
+    alike: dict[frozenset[tuple[str, str]], list[str]] = {}
+    for group in section.groups:
+        own = {key: value for key, value in group.runs[0].choices.items() if key != "strategy.name"}
+        alike.setdefault(frozenset(own.items()), []).append(group.label)
+    for labels in alike.values():
+        if len(labels) > 1:
+            yield f"{_listed(labels)} have the same configuration: they differ in the strategy's name alone."
 
 
 def _seeds(section: Section) -> Iterator[str]:

@@ -74,7 +74,7 @@ class Comparison:
     Args:
         runs: all of them.
         broken: directories that could not be read, with the reason.
-        jobs: jobs of sweeps that left no run, or never began.
+        jobs: jobs of sweeps whose run is not there, or that never began.
         sections: the runs again, sorted into settings and groups.
         against: what paired differences are taken from, see `Section.reference`.
 
@@ -147,7 +147,7 @@ class Comparison:
                 parts += [f"## Families and clients: {section.title}", markdown(table), SPREAD_NOTE]
         parts += ["## All runs", markdown(_all_runs(self.runs, None))]
         if self.jobs:
-            parts += ["## Jobs that left no run", "\n".join(f"- {job}" for job in self.jobs)]
+            parts += ["## Jobs without a run", "\n".join(f"- {job}" for job in self.jobs)]
         if self.broken:
             parts += ["## Skipped", "\n".join(f"- {reason}" for reason in self.broken.values())]
         return "\n\n".join(parts) + "\n"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fedssl.errors import ConfigError, DataError
 from fedssl.report.runs import Run, read_mapping, read_run
 
@@ -15,18 +17,19 @@ BESIDE_ROWS = ("config.yaml", "manifest.json", "partition.npz", "summary.json") 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job of a sweep that did not complete and left no run, as `sweep.json` tells."""
+    """A job of a sweep, as `sweep.json` tells, without a run: it ended in an error, or its directory has gone."""
 
     sweep: Path
     number: int
     overrides: tuple[str, ...]  # those that not all jobs of the sweep have
-    exit_code: int
+    exit_code: int  # 0: it completed
     message: str  # what it printed; "" in a sweep.json that does not say
 
     def __str__(self) -> str:
         own = f" ({' '.join(self.overrides)})" if self.overrides else ""
         said = f": {' '.join(self.message.split())}" if self.message else ""
-        return f"job {self.number} of {self.sweep}{own}: exit code {self.exit_code}{said}"
+        ended = "completed, and its directory has gone" if self.exit_code == 0 else f"exit code {self.exit_code}{said}"
+        return f"job {self.number} of {self.sweep}{own}: {ended}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
         try:
             run = read_run(directory)
         except DataError as error:
-            broken[directory] = str(error)
+            broken[directory] = f"{error}{_of(directory)}"
         else:
             if run.summary or (directory / "metrics.jsonl").exists():
                 runs.append(run)
@@ -75,7 +78,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
                     f"nothing of it was measured yet."
                 )
     if not runs:
-        jobs, unread = find_jobs(paths, ())
+        jobs, unread = find_jobs(paths, (), broken)
         reasons = [f"skipped: {reason}" for reason in (broken | unread).values()] + [str(job) for job in jobs]
         hint = "".join(f"\n{reason}" for reason in reasons)
         raise ConfigError(
@@ -85,32 +88,63 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     return runs, broken
 
 
-def find_jobs(paths: Sequence[Path], known: Iterable[Path]) -> tuple[list[Job | NotStarted], dict[Path, str]]:
-    """Jobs of the sweeps at or below `paths` that ended in an error without leaving one of the `known` runs.
+def _of(directory: Path) -> str:
+    """Strategy and seed of a run that is broken elsewhere than in its configuration."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        run = Run(
+            path=directory, config=config, summary={}, manifest={}, rows=[], partition=None, public_map=None
+        )  # fmt: skip
+        return f" ({run.strategy}, seed {run.seed})"
+    except (
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ):
+        return ""
+
+
+def find_jobs(
+    paths: Sequence[Path], known: Iterable[Path], skipped: Iterable[Path] = ()
+) -> tuple[list[Job | NotStarted], dict[Path, str]]:
+    """Jobs of the sweeps at or below `paths` that have none of the `known` runs.
+
+    Args:
+        paths: as for `find_runs`.
+        known: directories of runs.
+        skipped: of broken ones; why their job failed is worth a word, and that it completed is not.
 
     Returns:
-        The jobs, those too that were planned and never began; and each `sweep.json` that cannot be read, with the
+        The jobs, also those that completed and whose directory has gone since, and those that were planned and never
+        began; and each `sweep.json` that cannot be read, with the
         reason.
     """
-    runs = {path.resolve() for path in known}
+    runs, rest = ({path.resolve() for path in some} for some in (known, skipped))
     jobs: list[Job | NotStarted] = []
     broken: dict[Path, str] = {}
     for path in (folder / "sweep.json" for folder, files in _walk(paths) if "sweep.json" in files):
         try:
             file = read_mapping(path)
-            found = _jobs(path.parent, file.get("jobs") or [])
+            ended = _jobs(path.parent, file.get("jobs") or [])
             jobs += _not_started(path.parent, file.get("planned") or [])
         except DataError as error:
             broken[path] = str(error)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             broken[path] = f"{path} holds something else than a sweep's jobs ({type(error).__name__}: {error})."
         else:
-            jobs += [job for job in found if (job.sweep / str(job.number)).resolve() not in runs]
+            for job in ended:
+                place = (job.sweep / str(job.number)).resolve()
+                if place not in runs and not (job.exit_code == 0 and place in rest):
+                    jobs.append(job)
     return jobs, broken
 
 
 def _jobs(sweep: Path, listed: Sequence[Mapping[str, Any]]) -> list[Job]:
-    """Those that did not complete."""
     return [
         Job(
             sweep=sweep,
@@ -120,7 +154,6 @@ def _jobs(sweep: Path, listed: Sequence[Mapping[str, Any]]) -> list[Job]:
             message=str(job.get("message") or ""),
         )
         for job in listed
-        if job["exit_code"] != 0
     ]
 
 
