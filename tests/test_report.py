@@ -445,6 +445,41 @@ def test_one_file_of_such_a_name_is_no_run(tmp_path: Path) -> None:
 
 
 @words
+@words
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """To runs elsewhere, to one that is there anyway, and upwards."""
+    make_run(tmp_path / "elsewhere" / "0", seed=0)
+    make_run(tmp_path / "runs" / "deep" / "1", seed=1)
+    (tmp_path / "runs" / "0").symlink_to(tmp_path / "elsewhere" / "0")
+    (tmp_path / "runs" / "a").symlink_to(tmp_path / "runs" / "deep" / "1")
+    (tmp_path / "runs" / "deep" / "up").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "nowhere").symlink_to(tmp_path / "gone")
+    runs, broken = find_runs([tmp_path / "runs"])
+    assert [run.path for run in runs] == [tmp_path / "runs" / "deep" / "1", tmp_path / "runs" / "0"]
+    assert not broken
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    assert len(find_runs([tmp_path / "link"])[0]) == 2
+
+
+@words
+def test_an_argument_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not one below another, and not the sweep of refused jobs, which are named."""
+    run = make_run(tmp_path / "runs" / "0")
+    for name in ("empty", "sweep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"jobs": [REFUSED]}))
+    names = ["runs", "runs/0", "empty", "runs/0/metrics.jsonl", "sweep"]
+    assert main([*(str(tmp_path / name) for name in names), "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    page = texts((tmp_path / "out" / "report.html").read_text())
+    assert said[:2] == [
+        f"skipped: no run in {tmp_path / 'empty'}: a run directory holds config.yaml and metrics.jsonl.",
+        f"skipped: no run in {run / 'metrics.jsonl'}: it is a file, and runs are directories.",
+    ]
+    assert len(said) == 3
+    assert f"no run in {tmp_path / 'empty'}" in page
+
+
 def test_a_completed_run_without_its_rows_is_a_warning(tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / "runs" / str(seed), seed=seed)

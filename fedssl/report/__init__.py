@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedssl.errors import ConfigError, DataError, FedSSLError
 from fedssl.report.comparison import Comparison
-from fedssl.report.found import find_jobs, find_runs, is_run
+from fedssl.report.found import find_jobs, find_runs, is_run, without_runs
 from fedssl.report.pages import plural
 from fedssl.report.run_page import run_page
 from fedssl.report.runs import Run, read_run
@@ -58,7 +58,11 @@ def compare(runs: Sequence[Path], out: Path, *, keys: Sequence[str] = (), agains
     _check_out(out, [*(run.path for run in found), *broken])
     jobs, unread = find_jobs(runs, [run.path for run in found], broken)
     comparison = Comparison(
-        runs=found, broken=broken | unread, jobs=jobs, sections=sort_runs(found, keys), against=against
+        runs=found,
+        broken=broken | unread | without_runs(runs),
+        jobs=jobs,
+        sections=sort_runs(found, keys),
+        against=against,
     )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class Comparison:
 
     Args:
         runs: all of them.
-        broken: directories that could not be read, with the reason.
+        broken: what could not be read or holds no run, with the reason.
         jobs: jobs of sweeps whose run is not there, or that never began.
         sections: the runs again, sorted into settings and groups.
         against: what paired differences are taken from, see `Section.reference`.

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[Path, str]]:
     return runs, broken
 
 
+def without_runs(paths: Sequence[Path]) -> dict[Path, str]:
+    """Those of `paths` that hold neither runs, whole or not, nor a sweep, with what is to say."""
+    reasons = {}
+    for path in paths:
+        if path.is_file():
+            reasons[path] = f"no run in {path}: it is a file, and runs are directories."
+        elif not any(_holds_run(files) or "sweep.json" in files for _, files in _walk([path])):
+            reasons[path] = f"no run in {path}: a run directory holds config.yaml and metrics.jsonl."
+    return reasons
+
+
 def _of(directory: Path) -> str:
     """Strategy and seed of a run that is broken elsewhere than in its configuration."""
     try:
@@ -168,17 +180,22 @@ def _not_started(sweep: Path, planned: Sequence[Mapping[str, Any]]) -> list[NotS
 
 
 def _walk(paths: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder at or below `paths` once, with the names of its files; none below a run."""
+    """Each folder at or below `paths` once, with the names of its files; none below a run. Links are followed."""
     seen: set[Path] = set()
     for root in paths:
-        for name, folders, files in os.walk(root):
-            if _holds_run(files):
-                folders.clear()  # a client store may hold a million files
-            folders.sort(key=lambda folder: (len(folder), folder))  # job 2 of a sweep comes before job 10
-            folder = Path(name)
-            if folder.resolve() not in seen:
+        for name, folders, files in os.walk(root, followlinks=True):
+            folder, known = Path(name), Path(name).resolve() in seen
+            if known or _holds_run(files):
+                folders.clear()  # a link may lead upwards, and a client store may hold a million files
+            if not known:
                 seen.add(folder.resolve())
+                folders.sort(key=partial(_order, folder))
                 yield folder, files
+
+
+def _order(parent: Path, name: str) -> tuple[bool, int, str]:
+    """A run has its own name before that of a link to it, and job 2 of a sweep comes before job 10."""
+    return (parent / name).is_symlink(), len(name), name
 
 
 def is_run(path: Path) -> bool:
