@@ -8,10 +8,11 @@ pages lay them out in a grid instead of shrinking large ones.
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -22,6 +23,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 INK = "#0a0b0c"  # text and axes; `svg` turns it into the page's own colour, and nothing else may use it
 CYCLE = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#d6a62b", "#9d755d", "#ff9da6", "#8c8c8c")
+LineStyle: TypeAlias = str | tuple[float, tuple[float, ...]]  # matplotlib's: its name, or offset and dashes
+LAPS: tuple[tuple[str, LineStyle], ...] = (  # marker and line of the first ten names, of the next ten, ...
+    ("o", "-"), ("s", (0, (5, 1))), ("^", (0, (3, 1, 1, 1))), ("D", (0, (1, 1))),
+)  # fmt: skip
+CONTROL_LINES: dict[str, LineStyle] = {"random init": "--", "raw pixels": ":"}
+SPARE_LINES: tuple[LineStyle, ...] = ("-.", (0, (8, 3)), (0, (6, 2, 1, 2, 1, 2)))  # of other controls
 WIDTH = 4.4  # inches
 MAX_BARS = 40  # clients that are drawn as bars, and
 MAX_COLOURS = 20  # classes that can still be told apart by colour; beyond either, a heat map
@@ -37,9 +44,23 @@ class Curve:
     high: Sequence[float] | None = None
 
 
-def palette(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name, to be used in every picture of one page."""
-    return {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
+class Look(NamedTuple):
+    """How one name is drawn in every picture of a page."""
+
+    colour: str
+    marker: str
+    line: LineStyle
+
+
+def palette(names: Sequence[str]) -> dict[str, Look]:
+    """A look for each name: ten colours, then these again with other markers and lines."""
+    return {name: Look(CYCLE[i % len(CYCLE)], *LAPS[i // len(CYCLE) % len(LAPS)]) for i, name in enumerate(names)}
+
+
+def _control_lines(names: Iterable[str]) -> dict[str, LineStyle]:
+    """A line for each: a control that is known by name has the same one in every picture."""
+    spare = cycle(SPARE_LINES)
+    return {name: CONTROL_LINES.get(name) or next(spare) for name in names}
 
 
 def draw_partition(
@@ -103,22 +124,27 @@ def curves_figure(
     *,
     ylabel: str,
     xlabel: str = "round",
-    colours: Mapping[str, str] | None = None,
+    looks: Mapping[str, Look] | None = None,
     controls: Mapping[str, float] | None = None,
     legend: bool = True,
 ) -> Figure:
-    """Lines with bands; `controls` are constants to beat, drawn as dashed lines across."""
-    colours = colours or palette(list(curves))
+    """Lines with bands; `controls` are constants to beat, drawn as lines across."""
+    looks = looks or palette(list(curves))
     controls = controls or {}
     rows = -(-(len(curves) + len(controls)) // 2) if legend else 0
     figure, axes = _figure(height=2.5 + 0.2 * rows)
     for name, curve in curves.items():
-        marker = "o" if len(curve.x) <= 25 else ""
-        axes.plot(curve.x, curve.y, color=colours[name], marker=marker, markersize=3, linewidth=1.6, label=_text(name))
+        look = looks[name]
+        marker = look.marker if len(curve.x) <= 25 else ""
+        axes.plot(
+            curve.x, curve.y, color=look.colour, marker=marker, linestyle=look.line, markersize=3, linewidth=1.6,
+            label=_text(name),
+        )  # fmt: skip
         if curve.low is not None and curve.high is not None:
-            axes.fill_between(curve.x, curve.low, curve.high, color=colours[name], alpha=0.2, linewidth=0)
-    for style, (name, value) in zip(("--", ":", "-."), controls.items(), strict=False):
-        axes.axhline(value, color=INK, alpha=0.6, linestyle=style, linewidth=1, label=_text(name))
+            axes.fill_between(curve.x, curve.low, curve.high, color=look.colour, alpha=0.2, linewidth=0)
+    lines = _control_lines(controls)
+    for name, value in controls.items():
+        axes.axhline(value, color=INK, alpha=0.6, linestyle=lines[name], linewidth=1, label=_text(name))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -132,24 +158,27 @@ def dots_figure(
     values: Mapping[str, Sequence[float]],
     *,
     xlabel: str,
-    colours: Mapping[str, str] | None = None,
+    looks: Mapping[str, Look] | None = None,
     controls: Mapping[str, float] | None = None,
 ) -> Figure:
-    """One line of dots a name (a dot a seed, a bar at their mean); `controls` are vertical dashed lines.
+    """One line of dots a name (a dot a seed, a bar at their mean); `controls` are vertical lines.
 
     A control so far off that it would press the dots into a corner is named in the legend instead.
     """
-    colours = colours or palette(list(values))
+    looks = looks or palette(list(values))
     controls = controls or {}
     figure, axes = _figure(height=0.8 + 0.26 * max(len(values), 2) + (0.2 if controls else 0))
     for line, (name, points) in enumerate(values.items()):
-        axes.plot(points, [line] * len(points), "o", color=colours[name], markersize=5, alpha=0.7, markeredgewidth=0)
-        axes.plot([np.mean(points)], [line], "|", color=colours[name], markersize=13, markeredgewidth=2)
+        look = looks[name]
+        dots: dict[str, Any] = {"marker": look.marker, "linestyle": "", "markersize": 5, "alpha": 0.7, "markeredgewidth": 0}
+        axes.plot(points, [line] * len(points), color=look.colour, **dots)
+        axes.plot([np.mean(points)], [line], "|", color=look.colour, markersize=13, markeredgewidth=2)
     low, high = (end(map(end, values.values())) for end in (min, max))
     reach = 3 * max(high - low, 0.01)
-    for style, (name, value) in zip(("--", ":", "-."), controls.items(), strict=False):
+    lines = _control_lines(controls)
+    for name, value in controls.items():
         if low - reach <= value <= high + reach:
-            axes.axvline(value, color=INK, alpha=0.6, linestyle=style, linewidth=1, label=_text(name))
+            axes.axvline(value, color=INK, alpha=0.6, linestyle=lines[name], linewidth=1, label=_text(name))
         else:
             arrow, side = ("<", "left") if value < low else (">", "right")
             axes.plot([], [], arrow, color=INK, alpha=0.6, markersize=4, label=f"{_text(name)} {value:.3f}, far {side}")
@@ -169,7 +198,7 @@ def cost_figure(
     ylabel: str,
     xlabel: str,
     unit: str,
-    colours: Mapping[str, str],
+    looks: Mapping[str, Look],
     free: Mapping[str, float] | None = None,
 ) -> Figure:
     """Accuracy against what was spent for it; logarithmic where one curve ends at 20 times the cost of another.
@@ -179,7 +208,7 @@ def cost_figure(
         ylabel: of the accuracy.
         xlabel: of the cost.
         unit: of the cost, "bytes" or "seconds"; seconds are shown as minutes or hours where there are many.
-        colours: of `curves` and `free`.
+        looks: of `curves` and `free`.
         free: accuracies that cost nothing, drawn as dashed lines across.
     """
     free = free or {}
@@ -192,12 +221,18 @@ def cost_figure(
     for name, curve in curves.items():
         kept = [i for i, x in enumerate(curve.x) if x > 0 or not logarithmic]
         x, y = [curve.x[i] / scale for i in kept], [curve.y[i] for i in kept]
-        axes.plot(x, y, "o-", color=colours[name], markersize=3, linewidth=1.6, label=_text(name))
+        look = looks[name]
+        axes.plot(
+            x, y, color=look.colour, marker=look.marker, linestyle=look.line, markersize=3, linewidth=1.6,
+            label=_text(name),
+        )  # fmt: skip
         if curve.low is not None and curve.high is not None:
             low, high = [curve.low[i] for i in kept], [curve.high[i] for i in kept]
-            axes.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=look.colour, alpha=0.2, linewidth=0)
     for name, value in free.items():
-        axes.axhline(value, color=colours[name], linestyle="--", linewidth=1.2, label=f"{_text(name)} (at no cost)")
+        look = looks[name]
+        style = "--" if look.line == "-" else look.line
+        axes.axhline(value, color=look.colour, linestyle=style, linewidth=1.2, label=f"{_text(name)} (at no cost)")
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=6))

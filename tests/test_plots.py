@@ -81,12 +81,12 @@ def test_a_far_control_is_named_instead_of_drawn() -> None:
     assert figure.axes[0].get_xlim()[0] > 0.5
 
 
-COLOURS = palette(["cheap", "dear", "free"])
+LOOKS = palette(["cheap", "dear", "free"])
 
 
 def test_costs_of_one_order_are_drawn_as_they_are() -> None:
     curves = {"cheap": Curve(x=[0, 100], y=[0.5, 0.8]), "dear": Curve(x=[0, 1900], y=[0.5, 0.9])}
-    figure = cost_figure(curves, ylabel="linear", xlabel="sent", unit="bytes", colours=COLOURS, free={"free": 0.7})
+    figure = cost_figure(curves, ylabel="linear", xlabel="sent", unit="bytes", looks=LOOKS, free={"free": 0.7})
     cheap, dear, free = figure.axes[0].lines
     np.testing.assert_array_equal(cheap.get_xydata(), [[0, 0.5], [100, 0.8]])
     np.testing.assert_array_equal(dear.get_xydata(), [[0, 0.5], [1900, 0.9]])
@@ -98,7 +98,7 @@ def test_costs_of_one_order_are_drawn_as_they_are() -> None:
 def test_costs_of_several_orders_have_a_logarithmic_axis_without_zero() -> None:
     band = Curve(x=[0, 1000, 2000], y=[0.5, 0.6, 0.9], low=[0.4, 0.5, 0.8], high=[0.6, 0.7, 1.0])
     curves = {"cheap": Curve(x=[0, 100], y=[0.5, 0.8]), "dear": band}
-    axes = cost_figure(curves, ylabel="linear", xlabel="sent", unit="bytes", colours=COLOURS).axes[0]
+    axes = cost_figure(curves, ylabel="linear", xlabel="sent", unit="bytes", looks=LOOKS).axes[0]
     cheap, dear = axes.lines
     np.testing.assert_array_equal(cheap.get_xydata(), [[100, 0.8]])
     np.testing.assert_array_equal(dear.get_xydata(), [[1000, 0.6], [2000, 0.9]])
@@ -111,7 +111,7 @@ def test_costs_of_several_orders_have_a_logarithmic_axis_without_zero() -> None:
 )
 def test_time_is_in_units_that_suit_it(seconds: float, x: float, label: str) -> None:
     curve = Curve(x=[0, seconds], y=[0, 1])
-    axes = cost_figure({"cheap": curve}, ylabel="y", xlabel="spent", unit="seconds", colours=COLOURS).axes[0]
+    axes = cost_figure({"cheap": curve}, ylabel="y", xlabel="spent", unit="seconds", looks=LOOKS).axes[0]
     assert np.asarray(axes.lines[0].get_xdata())[-1] == x
     assert axes.get_xlabel() == label
 
@@ -168,7 +168,7 @@ def test_any_name_can_be_drawn_as_it_is(name: str) -> None:
         partition_figure(COUNTS, ("zero", "one", name)),
         curves_figure({name: Curve(x=[0, 1], y=[0, 1])}, ylabel="y", controls={name + " ": 0.5}),
         dots_figure({name: [0.5]}, xlabel="x"),
-        cost_figure({name: Curve(x=[0, 1], y=[0, 1])}, ylabel="y", xlabel="x", unit="bytes", colours=palette([name])),
+        cost_figure({name: Curve(x=[0, 1], y=[0, 1])}, ylabel="y", xlabel="x", unit="bytes", looks=palette([name])),
         map_figure(POINTS, SHARES, np.array([0, 0, 0]), (name,)),
     ):
         assert name[:39] in re.sub(r"<[^>]*>", "", svg(figure))
@@ -184,7 +184,38 @@ def test_nothing_global_changes() -> None:
 def test_palette_is_stable_and_never_runs_out() -> None:
     names = [str(i) for i in range(25)]
     assert palette(names)["3"] == palette(names[:5])["3"]
-    assert len(set(palette(names[:10]).values())) == 10
+    assert len({look.colour for look in palette(names[:10]).values()}) == 10
+    assert len(set(palette(names).values())) == 25
+
+
+def test_names_of_one_colour_have_other_markers_and_lines() -> None:
+    names = [str(i) for i in range(12)]
+    figures = [
+        curves_figure({name: Curve(x=[0, 1], y=[0, 1]) for name in names}, ylabel="y"),
+        cost_figure(
+            {name: Curve(x=[0, 1], y=[0, 1]) for name in names},
+            ylabel="y",
+            xlabel="x",
+            unit="bytes",
+            looks=palette(names),
+        ),
+    ]
+    for figure in figures:
+        drawn = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines}
+        assert len(drawn) == 12
+    lines = dots_figure({name: [0.5] for name in names}, xlabel="x").axes[0].lines[::2]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 12
+
+
+def test_a_control_has_the_same_line_in_every_picture() -> None:
+    curve = {"a": Curve(x=[0, 1], y=[0.4, 0.5])}
+    alone = curves_figure(curve, ylabel="y", controls={"raw pixels": 0.5}).axes[0].lines[-1]
+    controls = {"random init": 0.4, "raw pixels": 0.5, "flesd, global": 0.6, "other": 0.7, "more": 0.6}
+    drawn = dots_figure({"a": [0.5, 0.6]}, xlabel="x", controls=controls).axes[0].lines[2:]
+    styles = [line.get_linestyle() for line in drawn]
+    assert styles[:3] == ["--", ":", "-."]
+    assert alone.get_linestyle() == ":"
+    assert len(drawn) == len(controls)  # none is left out
 
 
 @pytest.mark.parametrize(

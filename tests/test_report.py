@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fedssl.errors import ConfigError, DataError
+from fedssl.plots import palette
 from fedssl.report import compare, main, write_run_report
 from fedssl.report.caveats import caveats
 from fedssl.report.comparison import Comparison
@@ -25,7 +26,7 @@ from fedssl.report.found import find_runs
 from fedssl.report.pages import Cell
 from fedssl.report.runs import Run, read_run, tell_apart
 from fedssl.report.sections import Section, sort_runs
-from fedssl.report.spread import spread_table
+from fedssl.report.spread import clients_pictures, spread_table
 
 FAMILIES = ("conv4_16", "resnet8", "conv4_32")
 INITIAL = {"linear_top1": 0.51, "knn_top1": 0.41, "labels1_top1": 0.31, "labels1_top1_std": 0.05}
@@ -1452,6 +1453,19 @@ def test_families_and_clients_have_their_spread(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<figcaption>linear: clients&#39; own models at the end</figcaption>" in page
     assert "flesd, global" in page
+
+
+def test_clients_are_compared_with_the_best_federated_model(tmp_path: Path) -> None:
+    """Not with the bound, nor with the model that is the best by another metric."""
+    make_run(tmp_path / "local", strategy="local_only", linear=0.90, spread=0.02)
+    for strategy, linear in (("flesd", 0.93), ("fedavg", 0.92), ("centralized", 0.95), ("public_only", 0.94)):
+        make_run(tmp_path / strategy, strategy=strategy, linear=linear)
+    summary = json.loads((tmp_path / "fedavg" / "summary.json").read_text())
+    (tmp_path / "fedavg" / "summary.json").write_text(json.dumps(summary | {"knn_top1": 0.96}))
+    (section,) = sections_of(tmp_path)
+    pictures = clients_pictures(section, palette([group.label for group in section.groups]))
+    legends = [[text.get_text() for text in picture.figure.legends[0].get_texts()] for picture in pictures]
+    assert legends == [["flesd, global"], ["fedavg, global"], ["flesd, global"]]
 
 
 def test_clients_that_sat_out_the_last_round_keep_their_values(tmp_path: Path) -> None:

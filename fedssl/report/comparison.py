@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 
 from fedssl.errors import ConfigError
-from fedssl.plots import cost_figure, curves_figure, dots_figure, human_bytes, map_figure, palette, partition_figure
+from fedssl.plots import (
+    Look,
+    cost_figure,
+    curves_figure,
+    dots_figure,
+    human_bytes,
+    map_figure,
+    palette,
+    partition_figure,
+)
 from fedssl.report.caveats import caveats
 from fedssl.report.curves import over_cost, over_rounds
 from fedssl.report.facts import facts
@@ -163,7 +172,7 @@ class Comparison:
         ]
         sections = []
         for section, warnings in zip(self.sections, self.warnings, strict=True):
-            colours = palette([group.label for group in section.groups])
+            looks = palette([group.label for group in section.groups])
             partitions, partitions_left_out = _partitions(section)
             maps, maps_left_out = _maps(section)
             sections.append(
@@ -174,10 +183,10 @@ class Comparison:
                     "notes": _section_notes(section, self.against),
                     "warnings": warnings,
                     "paired": _paired(section, self.against),
-                    "pictures": _section_pictures(section, colours),
+                    "pictures": _section_pictures(section, looks),
                     "spread": spread_table(section),
                     "spread_note": SPREAD_NOTE,
-                    "clients": clients_pictures(section, colours),
+                    "clients": clients_pictures(section, looks),
                     "partitions": partitions,
                     "partitions_left_out": partitions_left_out,
                     "maps": maps,
@@ -300,13 +309,13 @@ def _paired(section: Section, against: str | None) -> tuple[str, Table, str] | N
     return f"Differences from {reference.label}, same seeds", table, note
 
 
-def _section_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
+def _section_pictures(section: Section, looks: Mapping[str, Look]) -> list[Picture]:
     pictures = []
     for name in HEADLINE:
         values = {group.label: group.values(name) for group in section.groups if group.values(name)}
         controls = {control: _mean(m[name]) for control, m in section.controls.items() if name in m}
         if values:
-            figure = dots_figure(values, xlabel=f"{METRICS[name]}, top-1", colours=colours, controls=controls)
+            figure = dots_figure(values, xlabel=f"{METRICS[name]}, top-1", looks=looks, controls=controls)
             pictures.append(Picture(f"{METRICS[name]}: at the end", figure))
     for name in HEADLINE:
         curves = {group.label: curve for group in section.groups if (curve := over_rounds(group, name)) is not None}
@@ -315,14 +324,14 @@ def _section_pictures(section: Section, colours: Mapping[str, str]) -> list[Pict
             figure = curves_figure(
                 curves,
                 ylabel=f"{METRICS[name]}, top-1",
-                colours=colours,
+                looks=looks,
                 controls={"raw pixels": _mean(raw)} if raw else {},
             )
             pictures.append(Picture(f"{METRICS[name]}: over the rounds", figure))
-    return pictures + _cost_pictures(section, colours)
+    return pictures + _cost_pictures(section, looks)
 
 
-def _cost_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
+def _cost_pictures(section: Section, looks: Mapping[str, Look]) -> list[Picture]:
     """The headline metric against each cost that is known."""
     name = next((name for name in HEADLINE if any(group.values(name) for group in section.groups)), HEADLINE[0])
     pictures = []
@@ -332,7 +341,7 @@ def _cost_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture
         paid = {label: curve for label, curve in curves.items() if label not in free}
         if paid:
             ylabel = f"{METRICS[name]}, top-1"
-            figure = cost_figure(paid, ylabel=ylabel, xlabel=xlabel, unit=unit, colours=colours, free=free)
+            figure = cost_figure(paid, ylabel=ylabel, xlabel=xlabel, unit=unit, looks=looks, free=free)
             pictures.append(Picture(f"{METRICS[name]}: against {caption}", figure))
     return pictures
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from fedssl.plots import Curve, bytes_figure, curves_figure, human_bytes, map_figure, palette, partition_figure
+from fedssl.plots import Curve, Look, bytes_figure, curves_figure, human_bytes, map_figure, palette, partition_figure
 from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
 from fedssl.report.runs import HEADLINE, METRICS, Run, flatten, tell_apart
 from fedssl.tracking import duration
@@ -191,7 +191,7 @@ def _families(run: Run) -> Table | None:
 
 
 def _curves(run: Run) -> list[Picture]:
-    colours = _colours(run)
+    looks = _looks(run)
     controls = run.controls().get("raw pixels", {})
     pictures = []
     rounds = run.eval[run.eval["family"].isin(run.families)]
@@ -202,19 +202,19 @@ def _curves(run: Run) -> list[Picture]:
         }
         if any(len(curve.x) > 1 for curve in curves.values()):
             raw = {"raw pixels": controls[name]} if name in controls else {}
-            figure = curves_figure(curves, ylabel=f"{METRICS[name]}, top-1", colours=colours, controls=raw)
+            figure = curves_figure(curves, ylabel=f"{METRICS[name]}, top-1", looks=looks, controls=raw)
             pictures.append(Picture(f"Accuracy: {METRICS[name]}", figure))
     losses = _server_curves(run).get("loss")
     if losses:
-        pictures.append(Picture("Loss on the server", curves_figure(losses, ylabel="loss", colours=colours)))
+        pictures.append(Picture("Loss on the server", curves_figure(losses, ylabel="loss", looks=looks)))
     by_family = _client_curves(run, "loss")
     if by_family:
-        figure = curves_figure(by_family, ylabel="loss", colours=colours)
+        figure = curves_figure(by_family, ylabel="loss", looks=looks)
         pictures.append(Picture("Loss of the clients: mean and range of each family", figure))
     return pictures
 
 
-def _colours(run: Run) -> dict[str, str]:
+def _looks(run: Run) -> dict[str, Look]:
     """Of all families, those too that clients train and nobody has evaluated yet."""
     return palette(list(dict.fromkeys([*run.families, *run.clients["family"].dropna()])))
 
@@ -318,15 +318,15 @@ def _family_of(failure: Mapping[str, Any], families: Sequence[str]) -> str:
 
 def _measures(run: Run) -> list[Picture]:
     """Whatever else clients and server reported, if it ever changed."""
-    colours = _colours(run)
+    looks = _looks(run)
     pictures = []
     for name in _numeric(run.clients):
         if name not in ("loss", *EFFORT) and run.clients[name].nunique() > 1:
             curves = _client_curves(run, name)
-            pictures.append(Picture(f"clients: {name}", curves_figure(curves, ylabel=name, colours=colours)))
+            pictures.append(Picture(f"clients: {name}", curves_figure(curves, ylabel=name, looks=looks)))
     for name, curves in _server_curves(run).items():
         if name not in ("loss", *EFFORT) and any(len(set(curve.y)) > 1 for curve in curves.values()):
-            pictures.append(Picture(f"server: {name}", curves_figure(curves, ylabel=name, colours=colours)))
+            pictures.append(Picture(f"server: {name}", curves_figure(curves, ylabel=name, looks=looks)))
     return pictures[:MAX_MEASURES]
 
 

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedssl.plots import dots_figure
+from fedssl.plots import Look, dots_figure
+from fedssl.report.caveats import CONTROLS
 from fedssl.report.pages import Cell, Picture, Row, Table, bounds, fraction, mean_and_std
 from fedssl.report.runs import HEADLINE, METRICS
 from fedssl.report.sections import Group, Section, over_seeds
+
+UNFEDERATED = tuple(name for name in CONTROLS if name != "fedavg")
 
 
 def spread_table(section: Section) -> Table | None:
@@ -37,22 +40,33 @@ def spread_table(section: Section) -> Table | None:
     return table
 
 
-def clients_pictures(section: Section, colours: Mapping[str, str]) -> list[Picture]:
-    """A dot for each client's own model, all seeds together, against the best global model of the section."""
+def clients_pictures(section: Section, looks: Mapping[str, Look]) -> list[Picture]:
+    """A dot for each client's own model, all seeds together, against the best model that a federation has made."""
     pictures = []
     for name in (name for name in HEADLINE if name in section.shown):
-        lines, tints = {}, {}
+        lines, own = {}, {}
         for group in section.groups:
             for family in _families(group):
                 if values := _client_values(group, family, name):
                     line = f"{group.label}, {family}"
-                    lines[line], tints[line] = [value for run in values for value in run], colours[group.label]
-        best = next((g for g in section.groups if g.values(name) and not g.values(f"{name}_min")), None)
+                    lines[line], own[line] = [value for run in values for value in run], looks[group.label]
         if lines:
-            bar = {} if best is None else {f"{best.label}, global": float(np.mean(best.values(name)))}
-            figure = dots_figure(lines, xlabel=f"{METRICS[name]}, top-1", colours=tints, controls=bar)
+            bar = _best_federated(section, name)
+            figure = dots_figure(lines, xlabel=f"{METRICS[name]}, top-1", looks=own, controls=bar)
             pictures.append(Picture(f"{METRICS[name]}: clients' own models at the end", figure))
     return pictures
+
+
+def _best_federated(section: Section, name: str) -> dict[str, float]:
+    """Label and mean of the best global model that is no control; bounds and stand-ins are no reason to federate."""
+    means = {
+        f"{group.label}, global": float(np.mean(values))
+        for group in section.groups
+        if group.runs[0].strategy not in UNFEDERATED
+        and (values := group.values(name))
+        and not group.values(f"{name}_min")
+    }
+    return dict([max(means.items(), key=lambda item: item[1])]) if means else {}
 
 
 def _families(group: Group) -> list[str]:
