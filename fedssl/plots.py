@@ -170,8 +170,8 @@ def dots_figure(
     figure, axes = _figure(height=0.8 + 0.26 * max(len(values), 2) + (0.2 if controls else 0))
     for line, (name, points) in enumerate(values.items()):
         look = looks[name]
-        dots: dict[str, Any] = {"marker": look.marker, "linestyle": "", "markersize": 5, "alpha": 0.7, "markeredgewidth": 0}
-        axes.plot(points, [line] * len(points), color=look.colour, **dots)
+        dots = look.marker  # and no line
+        axes.plot(points, [line] * len(points), dots, color=look.colour, markersize=5, alpha=0.7, markeredgewidth=0)
         axes.plot([np.mean(points)], [line], "|", color=look.colour, markersize=13, markeredgewidth=2)
     low, high = (end(map(end, values.values())) for end in (min, max))
     reach = 3 * max(high - low, 0.01)

@@ -391,6 +391,8 @@ def test_the_page_shows_controls_partitions_and_links(sweep: Path, tmp_path: Pat
     links = re.findall(r'<a href="([^"]*)"', page)
     assert len(links) == 1  # only run 0 has a report
     assert (out / links[0]).resolve() == sweep / "0" / "report.html"
+    assert page.count("<table>") == len(re.findall(r'<div class="scroll(?: dense)?"><table>', page))
+    assert page.index('<div class="scroll dense">') > page.index("All runs")
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert "linear: at the end" in captions
     assert "linear: over the rounds" in captions
@@ -1107,9 +1109,9 @@ def test_clients_whose_uploads_were_not_merged_are_a_warning(tmp_path: Path) -> 
     (warning,) = [warning for warning in beside_missing(comparison.sections[0]) if "merged" in warning]
     assert warning == (
         "Not every client had its part in the result. "
-        "flesd, seed 3: 0 of 15 client tasks merged (15 late), of 5 partitions none: 0, 1, 2, 3, 1 more; "
+        "flesd, seed 3: 0 of 15 client tasks merged (15 late), 5 partitions were never merged: 0, 1, 2, 3, 1 more; "
         "flesd, seed 4: 12 of 15 client tasks merged (2 late, 1 refused); "
-        "flesd, seed 6: 12 of 15 client tasks merged (3 refused), of 1 partition none: 3."
+        "flesd, seed 6: 12 of 15 client tasks merged (3 refused), partition 3 was never merged."
     )
     for file in ("results.md", "report.html"):
         assert warning in texts((tmp_path / "out" / file).read_text())

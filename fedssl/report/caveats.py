@@ -145,8 +145,10 @@ def _unmerged(section: Section) -> Iterator[str]:
             if asked > merged:
                 lost = ", ".join(f"{n} {kind}" for kind, n in run.tasks.items() if n and kind != "ok")
                 parts.append(f"{merged} of {plural(asked, 'client task')} merged ({lost})")
-                if never := run.never_merged:
-                    parts.append(f"of {plural(len(never), 'partition')} none: {_listed(list(map(str, never)))}")
+                if len(never := run.never_merged) == 1:
+                    parts.append(f"partition {never[0]} was never merged")
+                elif never:
+                    parts.append(f"{len(never)} partitions were never merged: {_listed(list(map(str, never)))}")
             if idle := run.idle_rounds:
                 parts.append(f"nobody asked in {idle} of {plural(run.rounds, 'round')}")
             if parts:

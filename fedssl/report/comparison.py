@@ -400,7 +400,7 @@ def _all_runs(runs: Sequence[Run], out: Path | None) -> Table:
     """Every run, finished or not; the directory links to its report where a page in `out` can."""
     shown = [name for name in METRICS if any(name in run.final() for run in runs)]
     heads = ["run", "status", "strategy", "data", "family", "seed", "rounds", *OUTCOMES]
-    table = Table(heads=[*heads, *(METRICS[name] for name in shown), "up", "down"], num_words=5)
+    table = Table(heads=[*heads, *(METRICS[name] for name in shown), "up", "down"], num_words=5, dense=True)
     for run in runs:
         metrics = run.final()
         totals = [run.total(name) for name in ("uplink_bytes", "downlink_bytes")]

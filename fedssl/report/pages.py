@@ -80,10 +80,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Column heads and rows; the first `num_words` columns are words and stand left, the others are numbers."""
+    """Column heads and rows; the first `num_words` columns are words and stand left, the others are numbers.
+
+    `dense` is for many columns, which are then set closer; what still does not fit scrolls in the table's own box.
+    """
 
     heads: Sequence[str]
     num_words: int = 1
+    dense: bool = False
     rows: list[Row] = field(default_factory=list)
 
 
