@@ -22,8 +22,8 @@ from fedssl.federation.grids.in_process import InProcess
 from fedssl.federation.grids.ray import Placement, RayGrid
 
 SIZES = (10, 100, 1_000, 10_000)  # messages a round
-REPETITIONS = 15
-AT_LEAST = 200  # messages a repetition: a round of 10 ends within milliseconds, so 20 of them are timed together
+REPETITIONS = 21
+AT_LEAST = 3_000  # messages a repetition: small rounds are timed together, or a pause of the host would be half of one
 ARRAY_VALUES = 1024  # float32: 4 KB
 LIMITS = {"in_process": 0.4, "ray": 1.0}  # ms a message
 LINEAR = 1.25  # cost of a message among 10,000 over that among 1,000

@@ -20,6 +20,7 @@ SIDE = 5_000  # of a similarity matrix in fp16: 50 MB
 UPLOAD_BYTES = 2 * SIDE**2
 SITTINGS = 15  # of each engine, in turn
 ROUNDS = 3  # of a sitting; the first, which starts the workers, does not count
+FLESD_SITTINGS = 3
 LIMITS = {"flower": 1.5, "extra_uploads": 2.0}
 ENGINES = ("ours", "flower")
 
@@ -47,6 +48,19 @@ def our_app() -> ClientApp:
     from fedssl.federation.arrays import to_record
 
     return client_app(lambda value: to_record({"s": value}))
+
+
+def similarity_app() -> ClientApp:
+    """Uploads the similarities of random embeddings, as codec=dense has them."""
+    import torch
+
+    from fedssl.config import compose, instantiate
+    from fedssl.federation.arrays import to_record
+
+    codec = instantiate(compose(["codec=dense", "codec.dtype=fp16"])["codec"])
+    embeddings = torch.randn(SIDE, 128)
+    [value] = codec.encode(embeddings, torch.Generator()).values()
+    return client_app(lambda _: to_record({"s": value}))
 
 
 def flower_app() -> ClientApp:
@@ -116,6 +130,36 @@ def flower() -> list[dict[str, float]]:
     return done
 
 
+def flesd() -> float:
+    """The server's private memory at its peak while it decodes eight dense similarities as FLESD does, in uploads.
+
+    Eight of these are the ensemble: its rules normalise each client's similarities over the anchors of a step, which
+    change, so no sum could stand for them.
+    """
+    from fedssl.codecs import Dense
+    from fedssl.config import compose, instantiate
+    from fedssl.ensemble import make_target
+    from fedssl.federation.arrays import read_array
+
+    keep_memory()
+    config = compose(["codec=dense", "codec.dtype=fp16"])
+    codec: Dense = instantiate(config["codec"])
+    with ray_settings().open(similarity_app, num_clients=CLIENTS, threads=1, device="cpu") as grid:
+        before = private_bytes()
+        peak = Peak()
+        peak.start()
+        content = RecordDict({"metrics": MetricRecord({"round": 1})})
+        waiting = set(grid.push_messages([Message(content, node, "train") for node in grid.get_node_ids()]))
+        decoded = []
+        while waiting:
+            for reply in grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                arrays = {"similarity": read_array("s", reply.content["arrays"]["s"])}
+                decoded.append(codec.decode(arrays, SIDE))
+        make_target(decoded, instantiate(config["ensemble"]), 0.1)
+        return (peak.stop() - before) / UPLOAD_BYTES
+
+
 def upload() -> Result:
     """Sittings in turn, each engine first as often as it can be, each paired with the other's."""
     done: dict[str, list[list[dict[str, float]]]] = {engine: [] for engine in ENGINES}
@@ -136,6 +180,7 @@ def upload() -> Result:
         "rounds": done,
         "medians": {engine: float(np.median(each(engine, "seconds"))) for engine in ENGINES},
         "extra_uploads": {engine: float(np.median(each(engine, "extra_uploads"))) for engine in ENGINES},
+        "flesd_uploads": [in_own_process("bench.upload.flesd()") for _ in range(FLESD_SITTINGS)],
     }
     bars = [
         judge("upload.flower", ratios, LIMITS["flower"], "higher"),
