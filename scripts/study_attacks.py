@@ -21,6 +21,8 @@ from typing import Any
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", OMP_NUM_THREADS="1")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, even where another is installed
+
 import torch
 import yaml
 

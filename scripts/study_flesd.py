@@ -32,6 +32,8 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
 if "--five-rounds" not in sys.argv:  # of which several processes share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, even where another is installed
+
 import torch
 from bench.reproduce import advance
 from flwr.app import ArrayRecord

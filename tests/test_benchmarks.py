@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py`: what measures a GPU, and runs on the CPU as well."""
+"""`scripts/benchmark.py`: which code it measures, and what measures a GPU and runs on the CPU as well."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
-from bench import packed, train, views  # noqa: E402
+from bench import measure, packed, train, views  # noqa: E402
 from bench.measure import judge  # noqa: E402
 
 from fedssl.errors import ConfigError  # noqa: E402
@@ -107,7 +107,6 @@ def test_an_interrupted_train_returns_what_it_measured(monkeypatch: pytest.Monke
 
 ENGINE = """
 import sys, time
-from functools import partial
 from pathlib import Path
 from bench.turns import Turns
 
@@ -161,3 +160,26 @@ def test_an_engine_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Pat
 def test_a_sitting_counts_once_by_the_median_of_its_pairs() -> None:
     sitting = pytest.importorskip("bench.sitting", exc_type=ImportError)
     assert sitting.ratios([[2.0, 9.0, 4.0], [3.0, 3.0, 3.0]], [[1.0, 3.0, 2.0], [3.0, 1.0, 1.5]]) == [2.0, 2.0]
+
+
+@pytest.fixture
+def another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `fedssl` that is installed and not this one."""
+    (tmp_path / "fedssl").mkdir()
+    (tmp_path / "fedssl" / "__init__.py").write_text('raise ImportError("another checkout")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("another_checkout")
+@pytest.mark.parametrize(
+    "name", ["benchmark.py", "compare_runs", "gpu_acceptance", "reproduce", "study_attacks.py", "study_flesd.py"]
+)
+def test_scripts_run_their_own_checkout(name: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.usefixtures("another_checkout")
+def test_processes_that_measure_import_this_checkout() -> None:
+    assert measure.in_own_process("fedssl.config.conf_dir().as_posix()") == str(ROOT / "conf")

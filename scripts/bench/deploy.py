@@ -1,7 +1,6 @@
 """What a message to a real node costs beside its work: Flower's polling, a new process, its imports and its data."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Result, median_interval
+from bench.measure import Result, median_interval, with_this_checkout
 
 from fedssl.deploy.processes import environment, free_port
 
@@ -35,7 +34,7 @@ def deploy() -> Result:
     for _ in range(5):
         for name, statement in IMPORTS.items():
             started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", statement], check=True)
+            subprocess.run([sys.executable, "-c", statement], env=with_this_checkout(), check=True)
             imports[name].append(time.perf_counter() - started)
     with tempfile.TemporaryDirectory() as folder:
         rows = _rounds(Path(folder))
@@ -62,7 +61,7 @@ def deploy() -> Result:
 def _rounds(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of metrics.jsonl of a run over real nodes on loopback, by scope."""
     port = free_port()
-    seen = {**environment(folder / "flower"), **os.environ}
+    seen = {**environment(folder / "flower"), **with_this_checkout()}
     nodes = []
     try:
         for partition in range(NUM_NODES):

@@ -14,6 +14,7 @@ import torch
 
 from fedssl.config import compose, instantiate
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -85,12 +86,24 @@ def flowers_backend(workers: int) -> dict[str, Any]:
     }
 
 
+def with_this_checkout() -> dict[str, str]:
+    """The environment of processes that measure: they import this checkout, even where another one is installed."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def in_own_process(call: str) -> Any:
     """What `call`, e.g. "bench.memory.one_round('topk')", returns in a fresh process, as JSON."""
     module = call.partition("(")[0].rpartition(".")[0]
     command = f"import json, {module}; found = {call}; print('\\n' + json.dumps(found))"
-    folder = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=ROOT / "scripts",
+        env=with_this_checkout(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{call} ended with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
