@@ -2,9 +2,9 @@
 """Measure what fedssl promises about its speed: `scripts/benchmark.py NAME`.
 
 Prints one JSON object (figures, bars with their 95 % intervals, hardware, commit) and ends with 1 where a bar is
-false, with 2 where it cannot be measured here, with 130 where it was interrupted and says what it had. How each figure
-is taken: benchmarks/README.md. To add a benchmark, write scripts/bench/<name>.py with a function <name> that returns
-figures and bars, and name it in BENCHMARKS.
+false, with 2 where it cannot be measured here, with 3 where measuring failed, with 130 where it was interrupted and
+says what it had. How each figure is taken: benchmarks/README.md. To add a benchmark, write scripts/bench/<name>.py with
+a function <name> that returns figures and bars, and name it in BENCHMARKS.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ BENCHMARKS = (
     "overhead", "views", "train", "compiled", "choices", "packed", "round", "upload", "distill", "memory", "probe",
     "flesd", "scale", "deploy",
 )  # fmt: skip
+FAILED = 3  # 1 says that a bar is false, 2 that it cannot be measured here
 
 
 def hardware() -> dict[str, Any]:
@@ -50,9 +52,12 @@ def _version(name: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
+    """The checkout's commit, marked where files differ from it; "unknown" where nobody can say."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -71,6 +76,7 @@ def main() -> int:
     keep_memory()
     os.environ["OMP_NUM_THREADS"] = "1"
     before = hardware()  # the load, too, is the one before our own
+    measured = commit()  # of the code that runs, which may change meanwhile
     from bench.measure import nvidia_smi
 
     from fedssl.errors import ConfigError
@@ -81,12 +87,16 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {name} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}", file=sys.stderr)
+        return FAILED
     result = {
         "name": name,
         "figures": figures,
         "bars": [asdict(bar) for bar in bars],
         "hardware": {**before, "gpu": nvidia_smi("name")},
-        "commit": commit(),
+        "commit": measured,
     }
     print(json.dumps(result, indent=2))
     if figures.get("not_measured"):

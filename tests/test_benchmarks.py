@@ -1,5 +1,6 @@
-"""`scripts/benchmark.py`: which code it measures, and what measures a GPU and runs on the CPU as well."""
+"""`scripts/benchmark.py`: which code it measures, how it ends, and what measures a GPU and runs on the CPU as well."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
+import benchmark  # noqa: E402
 from bench import measure, packed, train, views  # noqa: E402
 from bench.measure import judge  # noqa: E402
 
@@ -183,3 +185,46 @@ def test_scripts_run_their_own_checkout(name: str) -> None:
 @pytest.mark.usefixtures("another_checkout")
 def test_processes_that_measure_import_this_checkout() -> None:
     assert measure.in_own_process("fedssl.config.conf_dir().as_posix()") == str(ROOT / "conf")
+
+
+def run_main(name: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`scripts/benchmark.py NAME` in this process."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", name])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr("fedssl.environment.keep_memory", lambda: None)
+    return benchmark.main()
+
+
+def test_without_git_the_figures_are_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the commit is the one that was measured, not one made meanwhile."""
+    order: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        order.append(command[0])
+        raise FileNotFoundError(command[0])
+
+    def measured() -> Any:
+        order.append("measured")
+        return {"unit": "s"}, []
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(train, "train", measured)
+    assert run_main("train", monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] == "unknown"
+    assert order[:2] == ["git", "measured"]
+
+
+def test_a_benchmark_that_fails_is_not_a_false_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> Any:
+        raise RuntimeError("an engine ended with 1:\nits last words")
+
+    monkeypatch.setattr(train, "train", failing)
+    assert run_main("train", monkeypatch) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("Traceback")
+    assert said.err.splitlines()[-1] == "error: train failed: RuntimeError: an engine ended with 1: its last words"
+    monkeypatch.setattr(train, "train", lambda: ({}, [judge("train.x", [1.0, 1.0], 2.0, "higher")]))
+    assert run_main("train", monkeypatch) == 1
