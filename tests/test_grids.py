@@ -209,8 +209,12 @@ def settings(**changes: object) -> Ray:
         ({}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "auto", (4, 0, 1)),
         ({"clients_per_gpu": 2}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "cuda", (8, 0, 0.5)),
         ({"clients_per_gpu": 3}, [{"CPU": 8.0, "GPU": 4.0}], 100, 1, "cuda", (12, 0, 0.3333)),
-        ({"clients_per_gpu": 4}, [{"GPU": 4.0}], 5, 1, "cuda", (8, 0, 0.5)),  # two on a GPU are enough for five
-        ({"clients_per_gpu": 4}, [{"GPU": 4.0}], 3, 1, "cuda", (4, 0, 1)),
+        ({"clients_per_gpu": 4}, [{"GPU": 4.0}], 5, 1, "cuda", (7, 0, 0.5)),  # with 5 the last of them would idle
+        ({"clients_per_gpu": 4}, [{"GPU": 4.0}], 3, 1, "cuda", (3, 0, 1)),
+        ({"clients_per_gpu": 8}, [{"GPU": 2.0}], 3, 1, "cuda", (3, 0, 0.5)),
+        ({}, [{"GPU": 8.0}], 1, 1, "cuda", (1, 0, 1)),
+        ({}, [{"GPU": 8.0}], 5, 1, "cuda", (5, 0, 1)),
+        ({"clients_per_gpu": 2, "workers": 4}, [{"GPU": 4.0}], 9, 1, "cuda", (4, 0, 1)),  # one on each, not two on two
         ({"workers": 2}, [{"GPU": 4.0}], 9, 1, "cuda", (2, 0, 1)),
     ],
 )
@@ -230,10 +234,12 @@ def test_placement(
 @pytest.mark.parametrize(
     ("free", "peak", "share", "most", "expected"),
     [
-        (10, 3, 1.0, 8, 3),
-        (10, 2.5, 1.0, 8, 4),  # to the last byte
-        (10, 2.5, 0.99, 8, 3),
+        (10, 3, 1.0, 8, 2),  # the server is a third
+        (10, 2.5, 1.0, 8, 3),  # to the last byte
+        (10, 2.5, 0.7, 8, 2),
         (10, 1, 0.9, 8, 8),
+        (10, 1, 0.9, 20, 9),
+        (10, 0.5, 0.9, 20, 18),  # there is room for the server anyway
         (10, 11, 0.9, 8, 1),  # it was measured, so one does run
     ],
 )
@@ -256,6 +262,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
             {"clients_per_gpu": "many"},
             "grid.clients_per_gpu must be a whole number of at least 1, got many: .*also be auto",
         ),
+        ({"clients_per_gpu": 10_001}, "grid.clients_per_gpu must be at most 10000, got 10001: Ray counts a GPU in"),
         ({"max_clients_per_gpu": 0}, "grid.max_clients_per_gpu must be at least 1, got 0"),
         ({"gpu_memory_share": 0.0}, "grid.gpu_memory_share is a share .* above 0 and at most 1, got 0"),
         ({"gpu_memory_share": 1.1}, "grid.gpu_memory_share is a share"),

@@ -487,12 +487,12 @@ def test_gpus_are_shared_as_configured(grid: RayGrid) -> None:
 
 
 def sharing(clients_per_gpu: int | str, **changes: Any) -> Ray:
-    return replace(SETTINGS, workers=None, clients_per_gpu=clients_per_gpu, **changes)
+    return replace(SETTINGS, **{"workers": None, "clients_per_gpu": clients_per_gpu, **changes})
 
 
 def test_auto_places_as_many_as_fit_by_the_largest_peak(grid: RayGrid) -> None:
-    """10 GB are free, the larger family takes 3: three on each of two GPUs; two are enough for four clients."""
-    for num_clients, share, limit, expected in ((12, 0.9, 2, 2), (4, 0.9, 8, 2), (12, 0.5, 8, 1)):
+    """10 GB are free, the larger family takes 3, and so the server: two on each GPU, if they may take so much."""
+    for num_clients, share, limit, expected in ((12, 0.9, 8, 2), (12, 0.9, 1, 1), (4, 0.9, 8, 2), (12, 0.5, 8, 1)):
         settings = sharing("auto", max_clients_per_gpu=limit, gpu_memory_share=share)
         opened = settings.open(grid_apps.takes_gpu_memory, num_clients=num_clients, threads=1, device="auto")
         with opened as gpu_grid:
@@ -501,13 +501,13 @@ def test_auto_places_as_many_as_fit_by_the_largest_peak(grid: RayGrid) -> None:
                 wait_for_workers(gpu_grid)
                 assert set(Counter(slot.device for slot in gpu_grid._slots).values()) == {2}
                 assert gpu_grid.gpu_memory == {
-                    "clients_per_gpu": 3,
+                    "clients_per_gpu": 2,
                     "free_bytes": 10e9,
                     "peak_bytes": {"small": 1e9, "large": 3e9},
                 }
 
 
-@pytest.mark.parametrize(("number", "fits"), [(3, True), (4, False)])
+@pytest.mark.parametrize(("number", "fits"), [(2, True), (3, False)])
 def test_a_number_that_does_not_fit_is_warned_about(
     number: int, fits: bool, grid: RayGrid, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -517,9 +517,18 @@ def test_a_number_that_does_not_fit_is_warned_about(
     assert bool(caplog.messages) is not fits
     if not fits:
         assert caplog.messages == [
-            "grid.clients_per_gpu=4 may not fit: of 10.00 GB free, a worker takes small 1.00 GB, large 3.00 GB, and "
-            "grid.gpu_memory_share=0.9 of that holds 3. Use grid.clients_per_gpu=3 or auto, or lower client.batch_size."
+            "grid.clients_per_gpu=3 may not fit: of 10.00 GB free, a worker takes small 1.00 GB, large 3.00 GB, and "
+            "grid.gpu_memory_share=0.9 of that holds 2 beside the server. Use grid.clients_per_gpu=2 or auto, or lower "
+            "client.batch_size."
         ]
+
+
+def test_a_number_that_no_gpu_will_see_is_not_warned_about(grid: RayGrid, caplog: pytest.LogCaptureFixture) -> None:
+    """Four workers on two GPUs are two on each, which fit."""
+    settings = sharing(8, workers=4)
+    with settings.open(grid_apps.takes_gpu_memory, num_clients=12, threads=1, device="auto") as gpu_grid:
+        assert gpu_grid.placement == Placement(workers=4, num_cpus=0, num_gpus=0.5)
+    assert caplog.messages == []
 
 
 def test_auto_without_a_figure_is_refused(grid: RayGrid) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+SHARES = 10_000  # of a GPU that Ray counts
 BROADCAST_BYTES = 1 << 16  # records from this size on go through the object store once, not with every message
 ANSWER_SECONDS = 5.0  # a cluster that has not answered by then is not there
 START_SECONDS = 60.0  # a cluster that has started no worker by then is named
@@ -67,9 +68,10 @@ class Ray:
     """Settings of `RayGrid`. The numbers live in conf/grid/ray.yaml.
 
     Args:
-        workers: actors; None: as many as fit (cores // threads, or gpus x clients_per_gpu), at most one a client.
-        clients_per_gpu: actors that share a GPU; "auto": as many as fit by what one is measured to take (`fitting`). A
-            number above 1 that does not fit by that measure is warned about.
+        workers: actors, at most one a client; None: as many as fit (cores // threads, or gpus x clients_per_gpu), and
+            a few without a client where a GPU would idle without them (`place`).
+        clients_per_gpu: the most actors that share a GPU; "auto": as many as fit by what one is measured to take
+            (`fitting`). A number above 1 that does not fit by that measure is warned about.
         max_clients_per_gpu: the most that "auto" chooses.
         gpu_memory_share: of a GPU's free memory, that its actors may take together.
         gpus: of this machine; None: what Ray finds. Does not apply to a cluster.
@@ -95,6 +97,11 @@ class Ray:
             raise ConfigError(
                 f"grid.clients_per_gpu must be a whole number of at least 1, got {self.clients_per_gpu}: Ray places "
                 f"only fractions 1/k of a GPU without leaving a worker pending. With grid=ray it may also be auto."
+            )
+        if number > SHARES:
+            raise ConfigError(
+                f"grid.clients_per_gpu must be at most {SHARES}, got {self.clients_per_gpu}: Ray counts a GPU in "
+                f"{SHARES} parts, and a worker with less than one of them has none."
             )
         if self.max_clients_per_gpu < 1:
             raise ConfigError(f"grid.max_clients_per_gpu must be at least 1, got {self.max_clients_per_gpu}.")
@@ -147,7 +154,8 @@ class Ray:
             Settings, and what was measured: None where every client has a GPU to itself.
         """
         auto = self.clients_per_gpu == AUTO
-        if num_clients <= gpus:
+        most = self._sharing(num_clients, gpus, self.max_clients_per_gpu if auto else int(self.clients_per_gpu))
+        if most == 1:
             return replace(self, clients_per_gpu=1), None
         alone = Placement(workers=1, num_cpus=0, num_gpus=1)
         with RayGrid(self, load_app, num_clients=num_clients, threads=threads, placement=alone) as grid:
@@ -164,7 +172,6 @@ class Ray:
             )
         peaks = {name: float(value) for name, value in reply.content.metric_records["gpu_memory"].items()}  # type: ignore[arg-type]
         free = peaks.pop("free")
-        most = self.max_clients_per_gpu if auto else int(self.clients_per_gpu)
         fit = fitting(free, max(peaks.values()), share=self.gpu_memory_share, most=most)
         settings = replace(self, clients_per_gpu=fit) if auto else self
         figures = ", ".join(f"{family} {peak / 1e9:.2f} GB" for family, peak in peaks.items())
@@ -172,8 +179,8 @@ class Ray:
         log.info("grid.clients_per_gpu=%s: %s", settings.clients_per_gpu, figures)
         if fit < most and not auto:
             log.warning(
-                "grid.clients_per_gpu=%d may not fit: %s, and grid.gpu_memory_share=%g of that holds %d. Use "
-                "grid.clients_per_gpu=%d or auto, or lower client.batch_size.",
+                "grid.clients_per_gpu=%d may not fit: %s, and grid.gpu_memory_share=%g of that holds %d beside the "
+                "server. Use grid.clients_per_gpu=%d or auto, or lower client.batch_size.",
                 *(most, figures, self.gpu_memory_share, fit, fit),
             )
         return settings, {"clients_per_gpu": settings.clients_per_gpu, "free_bytes": free, "peak_bytes": peaks}
@@ -181,7 +188,8 @@ class Ray:
     def place(self, nodes: Sequence[Mapping[str, float]], *, num_clients: int, threads: int, device: str) -> Placement:
         """The placement on machines with these resources ("CPU", "GPU").
 
-        With few clients, fewer share a GPU than `clients_per_gpu` allows, so that no GPU idles.
+        With few clients or workers, fewer share a GPU than `clients_per_gpu` allows, so that no GPU idles. Ray fills
+        one GPU after the other: for nine clients on eight of them it takes fifteen workers until the last has one.
         """
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         if device == "cuda" and not gpus:
@@ -189,9 +197,13 @@ class Ray:
                 "device=cuda, but Ray finds no GPU. Use device=cpu, or check CUDA_VISIBLE_DEVICES and grid.gpus."
             )
         if gpus and device != "cpu":
-            sharing = min(int(self.clients_per_gpu), math.ceil(num_clients / gpus))
-            share = math.floor(1e4 / sharing) / 1e4  # Ray counts in steps of 1e-4; 1/k must not round up
-            workers = gpus * sharing if self.workers is None else min(self.workers, gpus * sharing)
+            sharing = self._sharing(num_clients, gpus, int(self.clients_per_gpu))
+            share = math.floor(SHARES / sharing) / SHARES  # 1/k must not round up
+            workers = min(num_clients, gpus * sharing)
+            if self.workers is not None:
+                workers = min(self.workers, workers)
+            elif sharing > 1:
+                workers = max(workers, (gpus - 1) * sharing + 1)
             return Placement(workers=workers, num_cpus=0, num_gpus=share)
         fit = sum(int(node.get("CPU", 0)) // threads for node in nodes)
         workers = min(max(1, fit) if self.workers is None else self.workers, num_clients)
@@ -199,9 +211,17 @@ class Ray:
         claim = threads if self.address is not None and workers <= fit else 0
         return Placement(workers=workers, num_cpus=claim, num_gpus=0)
 
+    def _sharing(self, num_clients: int, gpus: int, most: int) -> int:
+        """How many workers share a GPU, at most `most`: no more than there are clients and workers for."""
+        wanted = num_clients if self.workers is None else min(self.workers, num_clients)
+        return min(most, math.ceil(wanted / gpus))
+
 
 def fitting(free: float, peak: float, *, share: float, most: int) -> int:
     """How many workers fit on a GPU by memory: at least 1, at most `most`.
+
+    The server trains its students and probes on one of the GPUs. It is taken to need as much as a worker, which nobody
+    measured, and so much is left on each GPU: Ray gives all workers the same share of theirs.
 
     Args:
         free: bytes.
@@ -209,7 +229,7 @@ def fitting(free: float, peak: float, *, share: float, most: int) -> int:
         share: of the free bytes, that they may take together.
         most: the limit.
     """
-    return max(1, min(most, math.floor(share * free / peak)))
+    return max(1, min(most, math.floor(min(share * free, free - peak) / peak)))
 
 
 # --- Ray itself ------------------------------------------------------------------------------------------------------
