@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from fedssl.errors import FedSSLError
+from fedssl.errors import BrokenProcessError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Replayed:
         """One `step`, the same in every call, on the images `rows`; what it returned.
 
         Raises:
-            FedSSLError: the recording failed, although an ordinary step looked as if it could be recorded.
+            BrokenProcessError: the recording failed, although an ordinary step looked as if it could be recorded.
         """
         size = len(rows)
         if size not in self._sizes:
@@ -122,9 +122,9 @@ class Replayed:
                 measures = step(rows)
         except RuntimeError as error:
             cause = error.__context__ or error  # ending a recording that failed is an error of its own
-            if isinstance(cause, torch.cuda.OutOfMemoryError | KeyboardInterrupt):
+            if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
-            raise FedSSLError(
+            raise BrokenProcessError(
                 f"a step could not be recorded as a CUDA graph: {' '.join(str(cause).split())[:300]}. Set "
                 f"client.cuda_graphs=false, which launches every step as it is; this process is of no further use."
             ) from error

@@ -21,6 +21,10 @@ class PayloadError(FedSSLError, ValueError):
     """A client's upload that the server refuses: wrong shape, dtype, range, round or public set."""
 
 
+class BrokenProcessError(FedSSLError):
+    """This process cannot compute any more: a grid that has others ends it and starts another one."""
+
+
 class TooFewRepliesError(FedSSLError):
     """A round ended with fewer usable replies than `federation.min_replies`."""
 

@@ -13,6 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedssl.errors import BrokenProcessError
 from fedssl.federation.records import Header, Upload
 
 NUM_STEPS = 5
@@ -77,6 +78,8 @@ class Behaviour:
         action = str(header.get("action", "echo"))
         if action == "raise":
             raise ValueError(f"during local training: no images in partition {partition_id}")
+        if action == "break":
+            raise BrokenProcessError("no recording")
         if action == "exit":
             sys.exit(3)
         if action == "wrong":

@@ -14,11 +14,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedssl.errors import ConfigError
+from fedssl.errors import BrokenProcessError, ConfigError
+from fedssl.federation.client import Broadcast, Client
+from fedssl.federation.client_app import make_client_app
 from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcess, InProcessGrid
 from fedssl.federation.grids.ray import Placement, Ray, fitting
+from fedssl.federation.records import Upload
+from fedssl.federation.setup import Setup
+from fedssl.federation.store import ClientStore
 from tests import grid_apps
+from tests.federation_helpers import small
 
 NUM_CLIENTS = 10
 
@@ -113,6 +119,25 @@ def test_a_failing_client_is_an_error_reply_and_the_others_run(action: str, reas
     with pytest.raises(AssertionError, match=f"^{reason}$"):
         raise AssertionError(failed.error.reason)
     assert failed.metadata.reply_to_message_id == batch[1].metadata.message_id
+
+
+def test_a_process_that_cannot_go_on_ends_the_run_that_is_in_it() -> None:
+    grid = open_grid()
+    with pytest.raises(BrokenProcessError, match="no recording"):
+        grid.send_and_receive([*messages(grid, [0]), *messages(grid, [1], "break"), *messages(grid, [2])])
+
+
+def test_the_client_app_says_in_which_phase_its_process_broke(tmp_path: Path) -> None:
+    def update(client: Client, broadcast: Broadcast) -> Upload:
+        with client.doing("local training"):
+            raise BrokenProcessError("no recording")
+
+    setup = Setup(small(None))
+    app = make_client_app(setup, update, ClientStore(tmp_path))
+    grid = InProcess().open(lambda: app, num_clients=setup.federation.num_clients, threads=1, device="cpu")
+    content = RecordDict({"config": ConfigRecord({"server-round": 1})})
+    with pytest.raises(BrokenProcessError, match="during local training: BrokenProcessError: no recording"):
+        grid.send_and_receive([Message(content, grid.get_node_ids()[0], "train")])
 
 
 def test_an_interrupt_is_not_a_client_failure() -> None:

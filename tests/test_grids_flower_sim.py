@@ -172,9 +172,10 @@ def test_a_killed_worker_loses_nothing_and_a_deadly_client_fails_alone(grid: Flo
     batch = messages(grid, list(range(NUM_CLIENTS)))
     batch[2:3] = messages(grid, [2], "die_once", folder=str(tmp_path))
     batch[5:6] = messages(grid, [5], "die", folder=str(tmp_path))
+    batch[7:8] = messages(grid, [7], "break")
     replies = grid.send_and_receive(batch)
-    assert [reply.has_error() for reply in replies] == [position == 5 for position in range(NUM_CLIENTS)]
-    assert replies[5].error.code == 0
+    assert [reply.has_error() for reply in replies] == [position in (5, 7) for position in range(NUM_CLIENTS)]
+    assert [replies[position].error.code for position in (5, 7)] == [0, 0]
     assert {event.kind for event in grid.pop_events()} == {"worker_died"}
     again = grid.send_and_receive(messages(grid, list(range(NUM_CLIENTS))))
     assert [reply.metadata.src_node_id for reply in again] == nodes

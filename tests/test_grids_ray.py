@@ -154,6 +154,25 @@ def test_a_client_that_keeps_killing_workers_fails_alone(grid: RayGrid, tmp_path
     assert all(1000 in event.node_ids for event in events)
 
 
+def test_a_process_that_cannot_go_on_is_replaced(grid: RayGrid) -> None:
+    """Its client fails at once and by its own words; nobody else does, and nobody runs in that process again."""
+    warm_up(grid)
+    pids = {slot.pid for slot in grid._slots}
+    batch = messages(grid, list(range(NUM_CLIENTS)))
+    batch[0:1] = messages(grid, [0], "break")
+    broken, *others = grid.send_and_receive(batch)
+    assert (broken.error.code, broken.error.reason) == (2, "BrokenProcessError: no recording")
+    assert facts(others, "partition") == list(range(1, NUM_CLIENTS))
+    events = grid.pop_events()
+    assert len(events) in (1, 2)  # in a batch, and alone
+    assert all("was ended: BrokenProcessError: no recording" in event.reason for event in events)
+    ended = {int(event.reason.split()[2]) for event in events}
+    assert ended & pids
+    wait_for_workers(grid)
+    after = grid.send_and_receive(messages(grid, list(range(NUM_CLIENTS))))
+    assert not ended & set(facts(after, "pid"))
+
+
 def pull_all(grid: RayGrid, ids: list[str]) -> list[Message]:
     """All replies, as they come."""
     replies: list[Message] = []

@@ -5,7 +5,7 @@ import time
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedssl.errors import ConfigError, FedSSLError
+from fedssl.errors import BrokenProcessError, ConfigError, FedSSLError
 from fedssl.federation.client import Broadcast, Client, ClientUpdate
 from fedssl.federation.gpu_memory import measure
 from fedssl.federation.model_pool import ModelPool
@@ -54,7 +54,10 @@ def make_client_app(
         return client, broadcast
 
     def explained(client: Client, error: Exception) -> Exception:
-        return ClientError(f"during {client.phase}: {type(error).__name__}: {error}") if explain else error
+        if not explain:
+            return error
+        kind = BrokenProcessError if isinstance(error, BrokenProcessError) else ClientError
+        return kind(f"during {client.phase}: {type(error).__name__}: {error}")
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

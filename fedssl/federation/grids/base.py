@@ -12,6 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedssl.errors import BrokenProcessError
 from fedssl.federation import flower_compat
 
 App = Callable[[Message, Context], Message]  # a Flower ClientApp, or anything callable like one
@@ -150,10 +151,15 @@ def node_config(node_id: int, num_partitions: int) -> dict[str, int]:
     return {"partition-id": node_id - FIRST_NODE_ID, "num-partitions": num_partitions}
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error reply says of it."""
+    return f"{type(error).__name__}: {error}"[:REASON_LENGTH]
+
+
 def answer(
     app: App, message: Message, node_config: Mapping[str, Any], state: RecordDict | None
 ) -> tuple[Message, RecordDict | None]:
-    """Call a client app; whatever it raises becomes an error reply with the reason `TypeName: message`.
+    """Call a client app; what it raises becomes an error reply with the reason `TypeName: message`.
 
     Args:
         app: a Flower ClientApp, or anything callable like one.
@@ -163,6 +169,9 @@ def answer(
 
     Returns:
         The reply, and the node's new state (None where it is empty). A client that raises leaves its state as it was.
+
+    Raises:
+        BrokenProcessError: as the app raised it; the next client must not run in this process.
     """
     received = flower_compat.rebuild(message.metadata, flower_compat.private_copy(message.content))
     before = RecordDict() if state is None else flower_compat.private_copy(state)
@@ -171,9 +180,8 @@ def answer(
         reply: Any = app(received, context)
         if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
             raise TypeError(f"a client app must return Message(..., reply_to=message), got {type(reply).__name__}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenProcessError):
         raise
     except BaseException as error:  # sys.exit() in a client must not end the run either
-        reason = f"{type(error).__name__}: {error}"[:REASON_LENGTH]
-        return flower_compat.error_reply(message, flower_compat.CLIENT_RAISED, reason), state
+        return flower_compat.error_reply(message, flower_compat.CLIENT_RAISED, reason_of(error)), state
     return reply, context.state if len(context.state) else None

@@ -11,9 +11,11 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
-from fedssl.errors import ConfigError, FedSSLError
+from fedssl.errors import BrokenProcessError, ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.grids import ray as our_ray
 from fedssl.federation.grids.base import App, GridEvent, answer
@@ -174,7 +176,13 @@ class _ClientApp:
             torch.set_num_threads(self.threads)
             _loaded[self.key] = cloudpickle.loads(self.load_app)()
         before = context.state if len(context.state) else None
-        reply, state = answer(_loaded[self.key], message, context.node_config, before)
+        try:
+            reply, state = answer(_loaded[self.key], message, context.node_config, before)
+        except BrokenProcessError:  # the engine would give this process the next client
+            traceback.print_exc()  # into Ray's log of this worker
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise
         context.state = RecordDict() if state is None else state
         return reply
 

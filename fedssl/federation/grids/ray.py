@@ -7,7 +7,8 @@ Where only the sum of uploads is wanted (`push_to_add_up`), a worker adds up wha
 sum every few batches: each result beyond Ray's 100 KB costs a worker some 5 ms.
 
 A client task is a pure function of message and state, so work that died with its actor simply runs again. A batch that
-died runs again one message at a time, which finds the client that is to blame without failing its neighbours.
+died runs again one message at a time, which finds the client that is to blame without failing its neighbours. A worker
+whose client leaves it unable to compute (`BrokenProcessError`) is ended, and the client fails as one that raises.
 
 Everything happens in the caller's thread, while it pulls: there is no background thread to race with.
 """
@@ -32,9 +33,9 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 
 from fedssl.environment import keep_memory
-from fedssl.errors import ConfigError, FedSSLError
+from fedssl.errors import BrokenProcessError, ConfigError, FedSSLError
 from fedssl.federation import flower_compat
-from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config
+from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config, reason_of
 
 if TYPE_CHECKING:
     from fedssl.federation.averaging import Summation  # and so torch, which a worker imports once it knows its GPUs
@@ -780,6 +781,9 @@ class RayGrid(LocalGrid):
             try:
                 value = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, BrokenProcessError):
+                    self._lost(number, error.cause)
+                    continue
                 raise error.cause from error  # loading failed, or a bug of ours: clients' own errors are replies
             except self._ray.exceptions.RayError as error:
                 self._lost(number, error)
@@ -843,7 +847,9 @@ class RayGrid(LocalGrid):
     def _lost(self, number: int, error: Exception) -> None:
         """A worker died: replace it, and run its messages again, or answer for the one that keeps killing workers."""
         slot = self._slots[number]
-        reason = f"worker process {slot.pid or '(starting)'} died: {_why(error)}"
+        broken = isinstance(error, BrokenProcessError)
+        why = f"was ended: {reason_of(error)}" if broken else f"died: {_why(error)}"
+        reason = f"worker process {slot.pid or '(starting)'} {why}"
         running = slot.calls[0].tasks
         added_up = [task for one in slot.sums for task, *_ in one.replies if task.wanted]
         for task in added_up if slot.loaded and not running else ():  # it died of its sum
@@ -863,14 +869,15 @@ class RayGrid(LocalGrid):
         if len(running) == 1 and lost:
             (task,) = lost
             task.deaths += 1
-            if task.deaths > self._settings.max_retries:
-                text = (
-                    f"{reason} ({task.deaths} workers died while they ran this client: "
-                    f"grid.max_retries={self._settings.max_retries})"
-                )
-                self._replies[task.message_id] = flower_compat.error_reply(
-                    task.message, flower_compat.CLIENT_CRASHED, text
-                )
+            if broken or task.deaths > self._settings.max_retries:
+                code, text = flower_compat.CLIENT_RAISED, reason_of(error)
+                if not broken:
+                    code = flower_compat.CLIENT_CRASHED
+                    text = (
+                        f"{reason} ({task.deaths} workers died while they ran this client: "
+                        f"grid.max_retries={self._settings.max_retries})"
+                    )
+                self._replies[task.message_id] = flower_compat.error_reply(task.message, code, text)
                 del self._tasks[task.message_id]
                 self._release(lost)
                 return
