@@ -26,6 +26,7 @@ from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcessGrid
 from fedssl.federation.grids.ray import Placement, Ray, RayGrid, open_grids
 from fedssl.federation.records import Upload, num_bytes
+from fedssl.federation.roster import Member, introduce
 from fedssl.federation.rounds import Gathered, gather
 from fedssl.federation.simulation import load_client_app
 from tests import grid_apps
@@ -260,6 +261,24 @@ def test_the_longest_known_client_starts_first(grid: RayGrid) -> None:
     grid.send_and_receive(batch)
     started = [float(str(seconds)) for seconds in facts(grid.send_and_receive(batch), "started")]
     assert started[3] in sorted(started)[:2]  # with the first on the other worker
+
+
+def test_of_clients_not_seen_yet_those_of_the_longest_family_start_first(grid: RayGrid) -> None:
+    """One of each has answered; the others are expected to take as long as those of their family."""
+    with SETTINGS.open(grid_apps.Behaviour, num_clients=NUM_CLIENTS, threads=1, device="cpu") as mixed:
+        wait_for_workers(mixed)
+        introduce(
+            mixed,
+            [
+                Member(node_id=node, partition_id=p, family=("short", "long")[p % 2], num_images=9, trains=True)
+                for p, node in enumerate(mixed.get_node_ids())
+            ],
+        )
+        mixed.send_and_receive(messages(mixed, [0]) + messages(mixed, [1], "sleep", seconds=0.4))
+        unseen = messages(mixed, [2, 4, 6, 8, 10], "sleep", seconds=0.05)
+        batch = [*unseen, *messages(mixed, [11], "sleep", seconds=0.4)]
+        started = [float(str(seconds)) for seconds in facts(mixed.send_and_receive(batch), "started")]
+    assert started[-1] in sorted(started)[:2]  # with the first on the other worker
 
 
 def test_large_records_are_broadcast_once_and_arrive_unharmed(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:

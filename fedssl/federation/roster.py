@@ -78,6 +78,11 @@ def by_node(grid: Grid) -> Mapping[int, Member]:
     return _by_node[grid]
 
 
+def known_members(grid: Grid) -> Mapping[int, Member]:
+    """The same, of those who are known by now; asks nobody."""
+    return by_node(grid) if grid in _rosters else {}
+
+
 def introduce(grid: Grid, members: Iterable[Member]) -> None:
     """Say who the nodes of `grid` are, where that is known already; `ask_roster` then asks nobody."""
     _rosters[grid] = {member.partition_id: member for member in sorted(members, key=lambda m: m.partition_id)}

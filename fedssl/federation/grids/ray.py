@@ -2,9 +2,9 @@
 
 Long-lived actors keep the loaded app (and with it data and models) over all rounds. What a round costs beyond the
 clients' arithmetic is kept small: large records are put into shared memory once a push and read once an actor; short
-clients travel in batches; the longest known client starts first; replies come back without a copy of large arrays.
-Where only the sum of uploads is wanted (`push_to_add_up`), a worker adds up what its short clients upload and sends one
-sum every few batches: each result beyond Ray's 100 KB costs a worker some 5 ms.
+clients travel in batches; the client that is expected to take longest starts first; replies come back without a copy
+of large arrays. Where only the sum of uploads is wanted (`push_to_add_up`), a worker adds up what its short clients
+upload and sends one sum every few batches: each result beyond Ray's 100 KB costs a worker some 5 ms.
 
 A client task is a pure function of message and state, so work that died with its actor simply runs again. A batch that
 died runs again one message at a time, which finds the client that is to blame without failing its neighbours. A worker
@@ -36,6 +36,7 @@ from fedssl.environment import keep_memory
 from fedssl.errors import BrokenProcessError, ConfigError, FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config, reason_of
+from fedssl.federation.roster import known_members
 
 if TYPE_CHECKING:
     from fedssl.federation.averaging import Summation  # and so torch, which a worker imports once it knows its GPUs
@@ -455,6 +456,7 @@ class _Task:
     message: Message
     records: dict[str, Any]  # as in `_Job`
     keys: tuple[int, ...]  # of its broadcast records and of the summation
+    family: str | None = None  # of the client, where it has said so
     summation_key: int | None = None  # where its reply may be added up with others
     deaths: int = 0  # workers that died while they ran this message alone
     alone: bool = False  # it was in a batch that died, or in a sum that was given up
@@ -471,6 +473,11 @@ class _Task:
     @property
     def kind(self) -> tuple[int, str]:
         return self.node_id, self.message_type
+
+    @property
+    def alike(self) -> tuple[str | None, str]:
+        """What takes about as long."""
+        return self.family, self.message_type
 
 
 @dataclass(eq=False, slots=True)
@@ -542,7 +549,9 @@ class RayGrid(LocalGrid):
         self._tasks: dict[str, _Task] = {}  # all that somebody waits for and that have no reply yet
         self._replies: dict[str, Message] = {}
         self._seconds: dict[tuple[int, str], float] = {}  # of a client's last message of a type
-        self._typical: dict[str, tuple[float, int]] = {}  # mean and count of a message type, for clients new to it
+        # Mean and count by family (None where nobody said) and message type, for clients that are new to it: of many
+        # registered nearly all are, in every round.
+        self._typical: dict[tuple[str | None, str], tuple[float, int]] = {}
         self._broadcast: dict[int, Any] = {}  # references to records in the object store; small ones themselves
         self._users: Counter[int] = Counter()  # unanswered messages per broadcast record
         self._next_key = 0  # of broadcast records, and numbers of sums
@@ -605,6 +614,7 @@ class RayGrid(LocalGrid):
             raise RuntimeError("this grid is closed")
         summation_key = None if self._summation is None or not messages else self._put(self._summation)
         keys: dict[int, int | None] = {}  # by identity of a record: large ones get a key, once
+        members = known_members(self)
         tasks = []
         for message in messages:
             records: dict[str, Any] = dict(message.content)
@@ -617,7 +627,8 @@ class RayGrid(LocalGrid):
             if summation_key is not None:
                 used += (summation_key,)
             self._users.update(used)
-            tasks.append(_Task(message, records, used, summation_key))
+            member = members.get(message.metadata.dst_node_id)
+            tasks.append(_Task(message, records, used, None if member is None else member.family, summation_key))
         self._tasks.update((task.message_id, task) for task in tasks)
         tasks.sort(key=lambda task: -self._expected(task))  # the longest first; new clients keep their order
         self._queue.extend(tasks)
@@ -656,8 +667,8 @@ class RayGrid(LocalGrid):
     # --- work
 
     def _expected(self, task: _Task) -> float:
-        """Seconds this message will probably take; 0 where nothing is known."""
-        return self._seconds.get(task.kind) or self._typical.get(task.message_type, (0.0, 0))[0]
+        """Seconds this message will probably take, by its client or those of its family; 0 where nothing is known."""
+        return self._seconds.get(task.kind) or self._typical.get(task.alike, (0.0, 0))[0]
 
     def _dispatch(self) -> None:
         """Give idle workers work, first where fewest workers share the device; then what busy ones find when they end.
@@ -817,8 +828,8 @@ class RayGrid(LocalGrid):
         results: list[_Result]
         results, sums = flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
         for task, (reply, state, seconds) in zip(call.tasks, results, strict=True):
-            mean, count = self._typical.get(task.message_type, (0.0, 0))
-            self._typical[task.message_type] = mean + (seconds - mean) / (count + 1), count + 1
+            mean, count = self._typical.get(task.alike, (0.0, 0))
+            self._typical[task.alike] = mean + (seconds - mean) / (count + 1), count + 1
             self._seconds[task.kind] = seconds
             if call.sum is None or flower_compat.noted_sum(reply) is None:
                 self._answered(task, reply, state)
