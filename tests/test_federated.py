@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedssl.data.federated import FederatedData, federate
-from fedssl.data.partition import Dirichlet, File, Quantity
+from fedssl.data.images import ImageSet
+from fedssl.data.partition import Dirichlet, File, PackedParts, Quantity
 from fedssl.data.public import ClientShard, Dataset, HeldOut, Public
 from fedssl.errors import ConfigError, DataError
 from tests.test_public import Toy, make_images
@@ -106,3 +108,36 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"cannot read the partition .*partition.npz"):
         FederatedData.load(path, data.train)
+
+
+def test_many_clients_cost_a_process_what_their_positions_are(tmp_path: Path) -> None:
+    """A worker loads them all, and has them for nobody but the few it is asked for."""
+    clients = 20_000
+    parts = PackedParts.of(np.arange(4 * clients).reshape(clients, 4))
+    train = ImageSet(
+        pixels=np.zeros((1, 3, 1, 1), np.uint8),
+        indices=np.zeros(4 * clients + 1, np.int64),
+        labels=None,
+        classes=(),
+        name="zeros",
+    )
+    data = FederatedData(
+        train=train,
+        public_images=train.subset([4 * clients]),
+        public_positions=np.array([4 * clients]),
+        partitions=parts,
+        public_partition=None,
+    )
+    data.save(tmp_path / "partition.npz")
+    tracemalloc.start()
+    try:
+        loaded = FederatedData.load(tmp_path / "partition.npz", train)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1.2 * 8 * (4 * clients + clients)  # positions and offsets
+    assert len(loaded.partitions) == clients
+    np.testing.assert_array_equal(loaded.partitions[-1], parts[clients - 1])
+    assert [list(part) for part in loaded.partitions[1:3]] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(IndexError):
+        loaded.partitions[clients]

@@ -1,6 +1,7 @@
 """The data of a federation: who owns which private images, and the public set that all share."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from fedssl.data.images import ImageSet
-from fedssl.data.partition import File, Partitioner, parts_of, read_npz
+from fedssl.data.partition import File, PackedParts, Partitioner, parts_of, read_npz
 from fedssl.data.public import Public
 from fedssl.errors import ConfigError, DataError
 from fedssl.seeding import numpy_generator
@@ -30,7 +31,7 @@ class FederatedData:
     train: ImageSet
     public_images: ImageSet
     public_positions: Int64[np.ndarray, " _"]
-    partitions: tuple[Int64[np.ndarray, " _"], ...]
+    partitions: Sequence[Int64[np.ndarray, " _"]]
     public_partition: int | None
 
     def private(self, partition_id: int) -> ImageSet:
@@ -114,7 +115,7 @@ class FederatedData:
             train=train,
             public_images=public_images,
             public_positions=public,
-            partitions=tuple(partitions),
+            partitions=partitions,
             public_partition=None if public_partition < 0 else public_partition,
         )
 
@@ -150,6 +151,6 @@ def federate(train: ImageSet, *, partition: Partitioner, public: Public, num_cli
         train=train,
         public_images=choice.public_images,
         public_positions=choice.public_positions,
-        partitions=choice.partitions,
+        partitions=PackedParts.of(choice.partitions),
         public_partition=choice.public_partition,
     )

@@ -5,10 +5,10 @@ Every kind is a small class with the numbers of its YAML (`conf/partition/`) and
 
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -18,6 +18,34 @@ from fedssl.errors import ConfigError
 MAX_DRAWS = 100  # of a random partition, until every client has `min_size` images
 
 Parts = list[np.ndarray]  # one array of ascending positions per client
+
+
+class PackedParts(Sequence[Any]):
+    """The same in two arrays, for many clients in many processes: an array of its own would cost each 150 bytes.
+
+    Args:
+        indices: positions of all clients, one client after the other.
+        offsets: (clients + 1,) where each client's begin, and the end.
+    """
+
+    def __init__(self, indices: Int64[np.ndarray, " _"], offsets: Int64[np.ndarray, " _"]) -> None:
+        self.indices, self.offsets = indices, offsets
+
+    @classmethod
+    def of(cls, parts: Iterable[Int64[np.ndarray, " _"]]) -> "PackedParts":
+        """The same parts."""
+        parts = list(parts)
+        return cls(np.concatenate([np.empty(0, np.int64), *parts]), np.cumsum([0, *map(len, parts)]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, client: Any) -> Any:
+        """The positions of one client, a view; of a slice, one each."""
+        if isinstance(client, slice):
+            return [self[c] for c in range(*client.indices(len(self)))]
+        client = range(len(self))[client]
+        return self.indices[self.offsets[client] : self.offsets[client + 1]]
 
 
 @runtime_checkable
@@ -261,7 +289,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"it is not an .npz archive, or damaged: {error}") from error
 
 
-def parts_of(arrays: Mapping[str, np.ndarray]) -> Parts:
+def parts_of(arrays: Mapping[str, np.ndarray]) -> PackedParts:
     """The clients' positions in a partition.npz; ValueError if it has none or they are not well-formed."""
     if missing := {"indices", "offsets"} - arrays.keys():
         raise ValueError(f"it has no array `{min(missing)}`")
@@ -273,7 +301,7 @@ def parts_of(arrays: Mapping[str, np.ndarray]) -> Parts:
     rising = len(offsets) > 1 and (np.diff(offsets) >= 0).all()
     if not rising or offsets[0] != 0 or offsets[-1] != len(indices):
         raise ValueError(f"`offsets` must rise from 0 to the {len(indices)} entries of `indices`")
-    return [part.astype(np.int64) for part in np.split(indices, offsets[1:-1])]
+    return PackedParts(indices.astype(np.int64, copy=False), offsets)
 
 
 def apportion(proportions: Float[np.ndarray, " k"], total: int) -> Int64[np.ndarray, " k"]:
