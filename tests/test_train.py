@@ -342,6 +342,91 @@ def test_mixed_precision_stays_near_full_precision(name: str) -> None:
     assert losses[1] != losses[0]
 
 
+# fast paths against the plain ones: one step, loss and gradients
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Contiguous(Conv4):
+    """Takes channels-last images as contiguous ones."""
+
+    channels_last = False  # of what it was given last
+
+    def forward(self, input: Tensor) -> Tensor:
+        Contiguous.channels_last = input.is_contiguous(memory_format=torch.channels_last)
+        return super().forward(input.contiguous())
+
+
+def one_step(backbone: type[Conv4], name: str, **changes: Any) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a step, and the gradients: what gradient descent at a rate of 1 takes off the weights."""
+    with seeded_init(0, "test"):
+        model = Model(backbone(width=16), MLP(in_dim=128, hidden_dim=64, out_dim=32, batch_norm=True))
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    settings = {"optimisation": optimisation(optimiser="sgd", lr=1.0), "batch_size": 32, "device": torch.device(name)}
+    loss = run(model, image_set(32, size=16), steps=1, **(settings | changes))["loss"]
+    return loss, {key: before[key] - value.detach().cpu() for key, value in model.named_parameters()}
+
+
+def apart(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Length of the difference of all gradients, by that of the reference."""
+    assert gradients.keys() == reference.keys()
+    difference = torch.cat([(gradients[key] - reference[key]).flatten() for key in reference])
+    return float(difference.norm() / torch.cat([value.flatten() for value in reference.values()]).norm())
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_channels_last_training_is_the_contiguous_one_within_rounding(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32: 1e-5 of the loss, 1e-4 of the gradients."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    (loss, gradients), (expected, reference) = one_step(Conv4, name), one_step(Contiguous, name)
+    assert Contiguous.channels_last
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert apart(gradients, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+def test_the_fused_optimiser_is_the_plain_one_within_rounding(
+    optimiser: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same gradients, so the same weights to 1e-6 after three steps with decay and momentum."""
+    settings = optimisation(optimiser=optimiser, lr=0.01, weight_decay=0.1, momentum=0.9, warmup_steps=2)
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimiser]
+    seen: list[bool] = []
+
+    def taken(fused: bool) -> list[Tensor]:
+        def build(*args: Any, **given: Any) -> Any:
+            seen.append(given["fused"])
+            return kind(*args, **{**given, "fused": fused})
+
+        monkeypatch.setattr(torch.optim, kind.__name__, build)
+        weights = [nn.Parameter(torch.linspace(-1, 1, 50, device=name).reshape(shape)) for shape in ((50,), (5, 10))]
+        steps, schedule = settings.build(weights, total_steps=3, round_num=1, num_rounds=1)
+        for scale in (1.0, -0.3, 2.0):
+            for weight in weights:
+                weight.grad = scale * torch.cos(7 * weight.detach())
+            steps.step()
+            schedule.step()
+        return [weight.detach() for weight in weights]
+
+    torch.testing.assert_close(taken(True), taken(False), rtol=1e-6, atol=1e-6)
+    assert seen == [True, True]  # what a training takes is the fused one
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_mixed_precision_is_the_full_one_within_its_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 keeps 8 bits, so each layer rounds by up to .4 %: 1 % of the loss; a quarter of the gradients' length.
+
+    These are of noise, and of both views of it through batch norm; what they point at is the same to 15 degrees.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    (loss, gradients), (expected, reference) = one_step(Conv4, name, amp=True), one_step(Conv4, name)
+    assert loss == pytest.approx(expected, rel=0.01)
+    assert 0 < apart(gradients, reference) < 0.25
+
+
 @pytest.mark.parametrize(("amp", "cpu_amp"), [(True, False), (False, True)])
 def test_each_kind_of_device_has_its_own_switch_for_mixed_precision(amp: bool, cpu_amp: bool) -> None:
     node = OmegaConf.load(CONF / "client" / "default.yaml")
