@@ -168,7 +168,9 @@ def train(
         device: where to train.
         amp: bfloat16 autocast of the network; the losses' inner products stay fp32.
         compile_mode: how the backbone is compiled, see `fedssl.models.compiled`; None: not at all.
-        cuda_graphs: on a GPU, replay one recorded step where that is possible, see `fedssl.cuda_graph`.
+        cuda_graphs: on a GPU, replay one recorded step where that is possible, see `fedssl.cuda_graph`: for each size
+            of batches of which there are at least 10 steps (`cuda_graph.WORTH`). The first 3 of a size are launched as
+            ever, recording takes Python through one more, and keeps the memory of a step until the training ends.
 
     Returns:
         `loss` and `loss_first`, the means over the steps of the last and the first epoch, any penalty included;

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import benchmark  # noqa: E402
-from bench import measure, packed, train, views  # noqa: E402
+from bench import compiled, measure, packed, scale, train, views  # noqa: E402
 from bench.measure import judge  # noqa: E402
 
 from fedssl.errors import ConfigError  # noqa: E402
@@ -228,3 +229,29 @@ def test_a_benchmark_that_fails_is_not_a_false_bar(
     assert said.err.splitlines()[-1] == "error: train failed: RuntimeError: an engine ended with 1: its last words"
     monkeypatch.setattr(train, "train", lambda: ({}, [judge("train.x", [1.0, 1.0], 2.0, "higher")]))
     assert run_main("train", monkeypatch) == 1
+
+
+def test_a_compilers_cache_that_is_gone_is_not_where_later_ones_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+
+    @dataclass(frozen=True)
+    class Timed:
+        compile_mode: str | None = None
+
+        def ours(self) -> float:
+            if self.compile_mode:
+                folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            return 2.0 if self.compile_mode else 1.0
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/kept")
+    plain: Any = Timed()
+    assert compiled._compiled(plain, "default")["times_faster"][0] == 0.5
+    assert folders[0] == folders[1] != "/kept"
+    assert set(folders[2:]) == {"/kept"}
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/kept"
+
+
+def test_growth_is_from_the_tenth_round_to_the_last_ones() -> None:
+    """A server that takes 1 MB more in every round, and 100 MB more while it is warmed up."""
+    memory = [100.0] + [200.0 + number for number in range(2, scale.LONG_ROUNDS + 1)]
+    assert scale.growth_mb(memory) == [float(number - 10) for number in range(41, 51)]

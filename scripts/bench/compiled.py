@@ -4,6 +4,7 @@ import os
 import tempfile
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from bench.measure import Result, median_interval
@@ -21,8 +22,10 @@ def _compiled(plain: Epoch, mode: str) -> dict[str, Any]:
     fast = replace(plain, compile_mode=mode)
     plain.ours()
     torch.compiler.reset()
-    with tempfile.TemporaryDirectory(prefix="fedssl-compiled-") as folder:  # nothing is compiled already
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    with (
+        tempfile.TemporaryDirectory(prefix="fedssl-compiled-") as folder,  # nothing is compiled already
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
         first, second = fast.ours(), fast.ours()
     return {"compilation_s": first - second, **_against(plain, fast, "compiled_s")}
 

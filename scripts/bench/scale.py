@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ CASES = ((10_000, 50), (10_000, 100), (10_000, 200), (1_000, 100))  # compared, 
 SITTINGS = 4
 ROUNDS, LONG_ROUNDS = 16, 50
 COLD = 5  # rounds that do not count
-WARM = 10  # of the long run, before memory is flat: imports, caches, allocator
-GROWTH_MB = 20.0  # of the server's process from round 10 to 50
+WARM = 10  # rounds of the long run, before memory is flat: imports, caches, allocator
+LAST = 10  # rounds of it, that are compared with the one before
+GROWTH_MB = 20.0  # of the server's process from round 10 to the median of rounds 41 to 50
 LINEAR = 1.25  # cost per client with a cohort of 200 over that with 50
 REGISTERED = 1.25  # cost of a round with 10,000 registered over one with 1,000
 
@@ -89,9 +91,7 @@ def scale() -> Result:
     long = in_own_process(f"bench.scale.one_run{(*LONG, LONG_ROUNDS)}")
     warm = {name: [one["seconds"][COLD:] for one in sittings] for name, sittings in runs.items()}
     medians = {name: float(np.median(seconds)) for name, seconds in warm.items()}
-    memory = long["private_mb"]
-    growth = [later - memory[WARM] for later in memory[-WARM:]]
-    bars = [judge("scale.growth_mb", growth, GROWTH_MB, "lower")]
+    bars = [judge("scale.growth_mb", growth_mb(long["private_mb"]), GROWTH_MB, "lower")]
     for name, dear, cheap, limit in (
         ("linear", "10000/200", "10000/50", LINEAR * 200 / 50),
         ("registered", "10000/100", "1000/100", REGISTERED),
@@ -109,6 +109,11 @@ def scale() -> Result:
         },
     }
     return figures, bars
+
+
+def growth_mb(memory: Sequence[float]) -> list[float]:
+    """By what the memory of each of the last ten rounds is above that after round `WARM`; `memory[0]` is round 1's."""
+    return [later - memory[WARM - 1] for later in memory[-LAST:]]
 
 
 def _name(case: tuple[int, int]) -> str:

@@ -77,7 +77,8 @@ class Ray:
         max_clients_per_gpu: the most that "auto" chooses.
         gpu_memory_share: of a GPU's free memory, that its actors may take together.
         gpus: of this machine; None: what Ray finds. Does not apply to a cluster.
-        address: of a running Ray cluster ("auto" for the one of this machine); None: a fresh Ray on this machine.
+        address: of a running Ray cluster ("auto" for the one of this machine); None: a fresh Ray on this machine. Where
+            the caller has initialised Ray, that one is used, whatever is said here or by `gpus`.
         max_retries: how often a message runs again after its worker died.
         batch_seconds: messages that are expected to take less travel together, up to this much work.
     """
