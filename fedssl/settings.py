@@ -28,6 +28,17 @@ def covers(names: Sequence[str], key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; lists stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def of_every_sitting(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without OF_A_SITTING."""
     return _without(config, OF_A_SITTING, "")

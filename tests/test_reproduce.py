@@ -134,6 +134,23 @@ def test_a_preset_has_the_references_settings_with_any_strategy(experiment: str,
     assert {key: at(config, key) for key in REFERENCE[experiment]} == REFERENCE[experiment]
 
 
+WITHOUT_PANDAS = """
+import sys
+sys.modules["pandas"] = None
+from bench.reproduce import _differing
+from fedssl.config import compose
+print(_differing(compose(["seed=1"]), compose(["seed=2"])))
+"""
+
+
+def test_a_row_goes_on_without_pandas() -> None:
+    """Which only reports need."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", WITHOUT_PANDAS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "['seed 1 and not 2']\n", done.stderr
+
+
 # --- the table of rows ------------------------------------------------------------------------------------------------
 PUBLISHED = {
     "flesd_local_cifar10": 0.726, "fedema_standalone": 0.7495, "lightly_simclr": 0.848, "fedema_fedbyol": 0.7944,
@@ -412,14 +429,14 @@ def test_a_round_that_is_longer_than_a_sitting_ends(tiny: Path, monkeypatch: pyt
 
 def test_all_machines_of_a_row_are_recorded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every shard and sitting, each once."""
-    here, elsewhere = reproduce.here(), {"hardware": {"gpus": ["another"]}, "commit": None, "versions": {}}
-    monkeypatch.setattr(reproduce, "here", lambda: elsewhere)
+    ours, elsewhere = reproduce.this_machine(), {"hardware": {"gpus": ["another"]}, "commit": None, "versions": {}}
+    monkeypatch.setattr(reproduce, "this_machine", lambda: elsewhere)
     _, result = measure(tiny, "alone", "work")
-    assert result["machines"] == [elsewhere, here]  # of the sitting; of the runs' manifests
+    assert result["machines"] == [elsewhere, ours]  # of the sitting; of the runs' manifests
     monkeypatch.undo()
-    assert measure(tiny, "alone", "work")[1]["machines"] == [elsewhere, here]  # nothing ran
+    assert measure(tiny, "alone", "work")[1]["machines"] == [elsewhere, ours]  # nothing ran
     shutil.rmtree(tiny.parent / "work")
-    assert measure(tiny, "alone", "work")[1]["machines"] == [here]  # a new row
+    assert measure(tiny, "alone", "work")[1]["machines"] == [ours]  # a new row
 
 
 def test_a_row_of_shards_is_the_mean_of_runs_on_the_partitions_of_the_whole(tiny: Path) -> None:

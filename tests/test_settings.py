@@ -5,8 +5,7 @@ import copy
 import pytest
 
 from fedssl.config import compose
-from fedssl.report.runs import flatten
-from fedssl.settings import INCIDENTAL, INERT, OF_A_SITTING, RESUMABLE, covers, of_every_sitting
+from fedssl.settings import INCIDENTAL, INERT, OF_A_SITTING, RESUMABLE, covers, flatten, of_every_sitting
 
 CONFIG = compose(["data=cifar10", "evaluate.data=cifar100", "federation.devices.availability=0.5"])
 OF_THE_COMMAND = {"resume", "replay", "hydra"}  # in the config.yaml of none, or of old runs

@@ -370,7 +370,7 @@ class Acceptance:
             command += ["-o", str(kept.resolve())]
             command += ["--data", str(Path(self.args.data).resolve())] if self.args.data else []
             self.run(f"row {name}", [*command, *(["--cpu"] if self.args.dry else [])], self.left)
-            if rows.HERE in self.parts[-1].tail:
+            if rows.ROOT_IS_DATA in self.parts[-1].tail:
                 unread[data] = name
 
     def run(self, name: str, command: Sequence[str], limit: float) -> Path:

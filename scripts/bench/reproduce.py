@@ -38,7 +38,7 @@ from bench.rows import Row, Table, load_table, read_results
 from fedssl.config import compose, fill_in
 from fedssl.errors import ConfigError, DataError, FedSSLError
 from fedssl.lock import held
-from fedssl.settings import of_every_sitting
+from fedssl.settings import flatten, of_every_sitting
 
 OK, MISSED, STOPPED, INTERRUPTED = 0, 1, 4, 130
 ABSENT = "(absent)"
@@ -127,8 +127,6 @@ def _differing(began: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     None are those of a sitting, those that the run chose itself, and those that came after it began and that it has as
     conf/as_before.yaml says.
     """
-    from fedssl.report.runs import flatten
-
     chosen = config["federation"]["report_family"] is None
 
     def compared(side: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +300,7 @@ def earlier(output: Path, row: Row, table: Table, *, shrunken: bool) -> dict[str
         return {}
 
 
-def here() -> dict[str, Any]:
+def this_machine() -> dict[str, Any]:
     """Hardware, commit and versions of this process."""
     from fedssl.tracking import manifest
 
@@ -415,7 +413,7 @@ def reproduce(
                 code = STOPPED
                 break
             attempts.setdefault(job.name, []).append(attempt)
-            machines.append(here())
+            machines.append(this_machine())
             written()  # a kill leaves this one
             try:
                 with interrupted_after(left):
@@ -522,8 +520,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             return _measure(args, table)
     except FedSSLError as error:
-        here = f" {rows.HERE}" if isinstance(error, DataError) else ""
-        print(f"error: {error}{here}", file=sys.stderr)
+        hint = f" {rows.ROOT_IS_DATA}" if isinstance(error, DataError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -13,7 +13,7 @@ import yaml
 from fedssl.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = "(Here data.root is --data.)"  # what scripts/reproduce adds where images are missing or damaged
+ROOT_IS_DATA = "(Here data.root is --data.)"  # what scripts/reproduce adds where images are missing or damaged
 ROWS = ROOT / "benchmarks" / "rows.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "published.md"
