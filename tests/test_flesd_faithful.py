@@ -12,74 +12,79 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from fedssl.codecs import Codec
-from fedssl.config import compose, instantiate
+from fedssl.config import compose, conf_dir, instantiate
 from fedssl.distill import Distillation, distill
 from fedssl.ensemble import Rule, make_target
 from fedssl.federation.setup import Setup
 from fedssl.methods.info_nce import InfoNCE
 from fedssl.models import Model
 from fedssl.models.heads import MLP
+from fedssl.settings import flatten
 from tests.test_distill import SGD, RecordingViews, image_set, linear_student
 
 PRESET = compose(["experiment=flesd_faithful", "strategy=flesd"])
 
 
+EXPECTED: dict[str, Any] = {
+    "data.num_classes": 100,
+    "partition.alpha": 1.0,
+    "public._target_": "fedssl.data.public.ClientShard",
+    "federation.num_clients": 6,
+    "federation.cohort_size": None,
+    "federation.num_rounds": 2,
+    "federation.families": ["resnet18"],
+    "client.local_epochs": 100,
+    "client.batch_size": 1024,
+    "client.optimisation.optimiser": "adam",
+    "client.optimisation.lr": 1e-3,
+    "client.optimisation.weight_decay": 1e-6,
+    "client.optimisation.schedule": "constant",
+    "client.optimisation.warmup_steps": 0,
+    "method.temperature": 0.4,
+    "projector.out_dim": 128,
+    "projector.hidden_dim": None,
+    "projector.batch_norm": False,
+    "views.crop_scale": [0.2, 1.0],
+    "views.brightness": 0.8,
+    "views.contrast": 0.8,
+    "views.saturation": 0.8,
+    "views.hue": 0.2,
+    "views.jitter_probability": 0.8,
+    "views.grayscale_probability": 0.2,
+    "views.blur_probability": 0.0,
+    "views.mean": [0.5, 0.5, 0.5],
+    "views.std": [0.5, 0.5, 0.5],
+    "codec.dtype": "fp32",
+    "downlink": "weights",
+    "distill.epochs": 200,
+    "distill.batch_size": 128,
+    "distill.queue_size": 2048,
+    "distill.warmup": "every_epoch",
+    "distill.own_key": True,
+    "distill.target_temperature": 0.1,
+    "distill.student_temperature": 0.1,
+    "distill.ema_decay": 0.999,
+    "distill.ema_buffers": False,
+    "distill.loss": "ce",
+    "distill.contrastive_weight": 0.0,
+    "distill.feature_weight": 0.0,
+    "distill.student_init": "previous",
+    "distill.optimisation.optimiser": "adam",
+    "distill.optimisation.lr": 1e-3,
+    "distill.optimisation.weight_decay": 1e-6,
+    "distill.optimisation.schedule": "constant",
+}
+OF_A_GROUP = {"data.num_classes", "public._target_", "projector.batch_norm"}  # what `defaults` chooses
+
+
 def test_every_number_is_the_released_codes() -> None:
     """Those of the INIT scripts for CIFAR, as the preset's header lists them."""
     config = PRESET
-    expected: dict[str, Any] = {
-        "data.num_classes": 100,
-        "partition.alpha": 1.0,
-        "public._target_": "fedssl.data.public.ClientShard",
-        "federation.num_clients": 6,
-        "federation.cohort_size": None,
-        "federation.num_rounds": 2,
-        "federation.families": ["resnet18"],
-        "client.local_epochs": 100,
-        "client.batch_size": 1024,
-        "client.optimisation.optimiser": "adam",
-        "client.optimisation.lr": 1e-3,
-        "client.optimisation.weight_decay": 1e-6,
-        "client.optimisation.schedule": "constant",
-        "client.optimisation.warmup_steps": 0,
-        "method.temperature": 0.4,
-        "projector.out_dim": 128,
-        "projector.hidden_dim": None,
-        "projector.batch_norm": False,
-        "views.crop_scale": [0.2, 1.0],
-        "views.brightness": 0.8,
-        "views.contrast": 0.8,
-        "views.saturation": 0.8,
-        "views.hue": 0.2,
-        "views.jitter_probability": 0.8,
-        "views.grayscale_probability": 0.2,
-        "views.blur_probability": 0.0,
-        "views.mean": [0.5, 0.5, 0.5],
-        "views.std": [0.5, 0.5, 0.5],
-        "codec.dtype": "fp32",
-        "downlink": "weights",
-        "distill.epochs": 200,
-        "distill.batch_size": 128,
-        "distill.queue_size": 2048,
-        "distill.warmup": "every_epoch",
-        "distill.own_key": True,
-        "distill.target_temperature": 0.1,
-        "distill.student_temperature": 0.1,
-        "distill.ema_decay": 0.999,
-        "distill.ema_buffers": False,
-        "distill.loss": "ce",
-        "distill.contrastive_weight": 0.0,
-        "distill.feature_weight": 0.0,
-        "distill.student_init": "previous",
-        "distill.optimisation.optimiser": "adam",
-        "distill.optimisation.lr": 1e-3,
-        "distill.optimisation.weight_decay": 1e-6,
-        "distill.optimisation.schedule": "constant",
-    }
-    for key, value in expected.items():
+    for key, value in EXPECTED.items():
         node: Any = config
         for part in key.split("."):
             node = node[part]
@@ -92,6 +97,12 @@ def test_every_number_is_the_released_codes() -> None:
     assert (stem.kernel_size, stem.stride) == ((3, 3), (1, 1))
     assert not any(isinstance(part, torch.nn.MaxPool2d) for part in model.backbone.modules())
     assert not any(isinstance(part, torch.nn.BatchNorm1d) for part in model.projector.modules())
+
+
+def test_the_preset_itself_says_every_number() -> None:
+    """A default that changes is not to change what stands beside a published number."""
+    spelled = flatten(yaml.safe_load((conf_dir() / "experiment" / "flesd_faithful.yaml").read_text()))
+    assert EXPECTED.keys() - OF_A_GROUP - spelled.keys() == set()
 
 
 def released(
