@@ -222,6 +222,31 @@ def fill_in(config: Mapping[str, Any], *, over: bool = False) -> dict[str, Any]:
     return {key: _of_targets(value, as_before["targets"], over) for key, value in filled.items()}
 
 
+def without_as_before(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `fill_in`: without the settings that have the value of conf/as_before.yaml.
+
+    What it returns for a configuration does not change when a setting comes that means nothing new by its default.
+    """
+    as_before = _as_before()
+    emptied = _of_targets_emptied(_emptied(config, as_before["keys"]), as_before["targets"])
+    assert isinstance(emptied, dict)
+    return emptied
+
+
+def _emptied(node: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    both = [key for key in before if isinstance(before[key], Mapping) and isinstance(node.get(key), Mapping)]
+    emptied = {**node, **{key: _emptied(node[key], before[key]) for key in both}}
+    return {key: value for key, value in emptied.items() if key not in before or value not in (before[key], {})}
+
+
+def _of_targets_emptied(node: Any, targets: Mapping[str, Mapping[str, Any]]) -> Any:
+    if isinstance(node, Mapping):
+        before = targets.get(str(node.get("_target_")), {})
+        own = {key: _of_targets_emptied(value, targets) for key, value in node.items()}
+        return {key: value for key, value in own.items() if key not in before or value != before[key]}
+    return [_of_targets_emptied(value, targets) for value in node] if isinstance(node, list) else node
+
+
 @cache
 def _as_before() -> dict[str, Any]:
     node: dict[str, Any] = yaml.safe_load((conf_dir() / f"{AS_BEFORE_NAME}.yaml").read_text())

@@ -21,11 +21,27 @@ OF_A_SITTING = (*_OF_NO_CONSEQUENCE, *_MACHINE, "federation.num_rounds", "federa
 INERT = (*_OF_NO_CONSEQUENCE, "seed", "federation.keep_checkpoints", "data.download", "evaluate.root")
 # What never makes two groups of runs in a comparison: a warning is enough.
 INCIDENTAL = (*INERT, *_MACHINE, "federation.min_replies", "federation.round_timeout", "federation.devices.idle_s")
+# What a figure of one run cannot depend on, beside what INCIDENTAL has of a comparison of many.
+_OF_NO_FIGURE = (*INCIDENTAL, "codec", "distill", "downlink", "embedding", "ensemble")
 
 
 def covers(names: Sequence[str], key: str) -> bool:
     """Whether the dotted `key` is one of `names` or below one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def of_a_result(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flattened settings that a run's figures may depend on, its rounds among them, the machine not.
+
+    Strategies have their own copy of what is exchanged and distilled; of `models` those count that are trained.
+    """
+    federation = config["federation"]
+    names = {f"models.{name}" for name in (*federation["families"], *federation.get("server_families", ()))}
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key == "seed" or not (covers(_OF_NO_FIGURE, key) or (covers(["models"], key) and not covers([*names], key)))
+    }
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,7 +32,7 @@ sys.path.append(str(ROOT / "scripts"))
 from bench import gpu_acceptance, reproduce, rows  # noqa: E402
 
 TABLE = rows.load_table()
-RESULTS = rows.read_results(TABLE, rows.RESULTS)
+COMMITTED = sorted(path.name for path in rows.RESULTS.glob("reproduce-*.json"))
 
 COLOUR = {
     "views.flip_probability": 0.5,
@@ -481,8 +481,8 @@ def test_what_a_result_holds(tiny: Path) -> None:
     assert (shrunken["shrunken"], shrunken["holds"]) == (True, None)
     assert shrunken["runs"][0]["num_rounds"] == 2  # what `cpu` says, instead of the row's own
     keys = {
-        "name", "what", "source", "shrunken", "overrides", "metric", "epochs", "expected", "tolerance", "copy",
-        "measured", "holds", "runs", "beside", "seed", "seconds", "data_sha256", "machines",
+        "name", "what", "source", "shrunken", "overrides", "settings", "metric", "epochs", "expected", "tolerance",
+        "copy", "measured", "holds", "runs", "beside", "seed", "seconds", "data_sha256", "machines",
     }  # fmt: skip
     assert full.keys() == shrunken.keys() == keys
     assert {len(digest) for digest in full["data_sha256"].values()} == {64}
@@ -688,9 +688,22 @@ def test_a_verdict_is_of_the_rows_numbers_and_settings_of_today(tiny: Path, monk
     ):
         assert before in text
         tiny.write_text(text.replace(before, after))
-        assert line()[verdict] == "not measured (settings changed since)"
+        assert line()[verdict] == "not measured (the result is of other settings)"
         assert line()[rows.HEAD.index("measured")] == ""
     tiny.write_text(text)
+    assert line()[verdict] == "holds"
+    composed = compose  # the preset's numbers have changed, the row's overrides have not
+
+    def changed(overrides: Any) -> Any:
+        config = composed(overrides)
+        return {**config, "method": {**config["method"], "temperature": 9.0}}
+
+    rows.settings_digest.cache_clear()
+    monkeypatch.setattr("fedssl.config.compose", changed)
+    assert line()[verdict] == "not measured (the result is of other settings)"
+    rows.settings_digest.cache_clear()
+    del result["settings"]  # as before there were digests
+    (tiny.parent / "reproduce-averaged.json").write_text(json.dumps(result))
     assert line()[verdict] == "holds"
 
 
@@ -816,11 +829,11 @@ def test_an_ordering_of_rows_that_were_shrunken_onto_other_images_says_so() -> N
     assert any("20 rounds (shrunken, CPU): " in line for line in rows.ordering_lines(TABLE, {}))
 
 
-def test_the_pages_agree_with_the_results() -> None:
-    for path, text in rows.pages(TABLE, RESULTS).items():
-        page = path.read_text()
-        assert rows.rendered(page, text) == page, f"scripts/reproduce --table writes {path.name} anew"
-        assert all(f"| {name} |" in page for name in TABLE.rows)
+@pytest.mark.parametrize("path", [rows.PAGE, rows.README], ids=lambda path: path.name)
+def test_the_pages_agree_with_the_results(path: Path) -> None:
+    text, page = rows.pages(TABLE, rows.read_results(TABLE, rows.RESULTS))[path], path.read_text()
+    assert rows.rendered(page, text) == page, f"scripts/reproduce --table writes {path.name} anew"
+    assert all(f"| {name} |" in page for name in TABLE.rows)
 
 
 def test_the_pages_are_written_anew(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -848,9 +861,9 @@ def test_the_pages_are_written_anew(tiny: Path, monkeypatch: pytest.MonkeyPatch,
     assert "the page has no lines" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(RESULTS))
+@pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_result_is_of_the_row_as_it_is_now(name: str) -> None:
-    result = RESULTS[name]
+    result = rows.checked(rows.read_json(rows.RESULTS / name), name)
     row = TABLE.row(result["name"])
     assert name == row.file(result["shrunken"])
     assert TABLE.is_of(row, result)

@@ -352,6 +352,7 @@ def result_of(
         "source": row.source,
         "shrunken": shrunken,
         "overrides": table.overrides(row, shrunken=shrunken),
+        "settings": rows.settings_digest(tuple(table.overrides(row, shrunken=shrunken))),
         "metric": row.metric,
         "epochs": config["federation"]["num_rounds"] * config["client"]["local_epochs"],
         "expected": row.expected,

@@ -1,8 +1,10 @@
 """Published rows, their results and the table of both: shared by `scripts/reproduce` and `scripts/gpu_acceptance`."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -27,6 +29,23 @@ NEEDED_OF_RUN = {
     "untrained": float | int | None,
 }  # fmt: skip
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
+
+
+@cache
+def settings_digest(overrides: Sequence[str]) -> str | None:
+    """sha256 of the settings that can change the figures of a run with these overrides; None where Hydra is missing."""
+    try:
+        from fedssl.config import compose, without_as_before
+        from fedssl.settings import of_a_result
+    except ModuleNotFoundError:  # then no row runs here either
+        return None
+    settings = of_a_result(without_as_before(compose(overrides)))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def is_digest(digest: str | None, overrides: Sequence[str]) -> bool:
+    """Whether it is that of the overrides' settings, as far as can be known."""
+    return digest is None or settings_digest(tuple(overrides)) in (None, digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +101,15 @@ class Table:
         return list({override.split("=", 1)[0]: override for override in given}.values())
 
     def is_of(self, row: Row, result: Mapping[str, Any]) -> bool:
-        """Whether the result was made with the settings that the row has now."""
+        """Whether the result was made with the settings that the row has now, those of its preset included.
+
+        One that was written before digests were is believed.
+        """
         return (
             result["overrides"] == self.overrides(row, shrunken=result["shrunken"])
             and result["metric"] == row.metric
             and [run["shard"] for run in result["runs"]] == list(row.shards or [None])
+            and is_digest(result.get("settings"), result["overrides"])
         )
 
     def row(self, name: str) -> Row:
@@ -214,7 +237,7 @@ def verdict(row: Row, result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "not measured"
     if result.get("changed"):
-        return "not measured (settings changed since)"
+        return "not measured (the result is of other settings)"
     if not is_measured(result):
         return f"not measured ({progress(result)})"
     return {True: "holds", False: "does not hold", None: "measured"}[row.holds(result)]
