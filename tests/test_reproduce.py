@@ -436,7 +436,7 @@ def test_all_machines_of_a_row_are_recorded(tiny: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert measure(tiny, "alone", "work")[1]["machines"] == [elsewhere, ours]  # nothing ran
     shutil.rmtree(tiny.parent / "work")
-    assert measure(tiny, "alone", "work")[1]["machines"] == [ours]  # a new row
+    assert measure(tiny, "alone", "work", "--again")[1]["machines"] == [ours]  # a new row
 
 
 def test_a_row_of_shards_is_the_mean_of_runs_on_the_partitions_of_the_whole(tiny: Path) -> None:
@@ -472,6 +472,53 @@ def test_runs_that_a_result_has_complete_are_not_made_again_on_another_machine(t
     assert "were trained on different images" in capsys.readouterr().err
 
 
+def test_a_whole_result_is_not_measured_again_unless_one_says_so(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, whole = measure(tiny, "averaged", "work")
+    output = tiny.parent / "new-averaged.json"
+    output.write_text(json.dumps(whole))
+    capsys.readouterr()
+    assert measure(tiny, "averaged", "new", "--data", "/nowhere") == (reproduce.OK, whole)
+    assert re.search(r"averaged: measured already, linear_top1 .*; --again measures it anew", capsys.readouterr().out)
+    assert not list((tiny.parent / "new" / "averaged").iterdir())
+
+    code, result = measure(tiny, "averaged", "new", "--again", "--seconds", "0.001")
+    assert (code, result) == (reproduce.STOPPED, whole)
+    assert f"{output} keeps its result until" in capsys.readouterr().out
+    output.write_text(json.dumps({**whole, "seed": "of the old one"}))
+    code, result = measure(tiny, "averaged", "new", "--again")
+    assert code == reproduce.OK
+    assert without_clock(result) == without_clock(whole)  # so it was replaced
+    assert measure(tiny, "averaged", "new", "--again") == (2, result)
+    assert f"{tiny.parent / 'new' / 'averaged'} holds averaged whole: delete it" in capsys.readouterr().err
+
+
+def test_a_result_is_never_replaced_by_one_with_fewer_complete_runs(tiny: Path) -> None:
+    """Whether the row goes on from it, or its settings are others."""
+    _, whole = measure(tiny, "alone", "work")
+    output = tiny.parent / "other-alone.json"
+    second = {**whole["runs"][1], "status": "interrupted", "rounds": 1, "measured": None}
+    some = {**whole, "measured": None, "holds": None, "runs": [whole["runs"][0], second]}
+    output.write_text(json.dumps(some))
+    code, result = measure(tiny, "alone", "other", "--seconds", "0.001")
+    assert code == reproduce.STOPPED
+    assert [run["measured"] for run in result["runs"]] == [whole["runs"][0]["measured"], None]
+    changed = {**whole, "settings": "0" * 64}
+    output.write_text(json.dumps(changed))
+    assert measure(tiny, "alone", "other", "--seconds", "0.001") == (reproduce.STOPPED, changed)
+    code, result = measure(tiny, "alone", "other")
+    assert code == reproduce.OK
+    assert without_clock(result) == without_clock(whole)
+
+
+def test_a_whole_result_is_told_what_the_row_says_now(tiny: Path) -> None:
+    _, whole = measure(tiny, "averaged", "work")
+    tiny.write_text(tiny.read_text().replace("expected: 0.5\n", "expected: 2.0\n", 1))
+    code, result = measure(tiny, "averaged", "work")
+    assert (code, result) == (reproduce.MISSED, {**whole, "expected": 2.0, "holds": False})
+
+
 def test_what_a_result_holds(tiny: Path) -> None:
     code, full = measure(tiny, "missed", "work")
     assert code == reproduce.MISSED
@@ -500,6 +547,21 @@ def test_a_jpeg_copy_has_a_tolerance_of_its_own(tiny: Path, monkeypatch: pytest.
     assert (result["copy"], result["tolerance"]) == ("jpeg", 0.6)
     monkeypatch.setattr(reproduce, "copy_of", lambda config: "as published")  # as another --data would be
     assert measure(tiny, "averaged", "work")[1] == result
+    (tiny.parent / "work-averaged.json").unlink()
+    assert measure(tiny, "averaged", "work")[1]["copy"] == "jpeg"  # as the folder of the runs says
+    noted = tiny.parent / "work" / "averaged" / "copy.json"
+    noted.write_text(json.dumps({**json.loads(noted.read_text()), "data_sha256": {"digits/train": "0" * 64}}))
+    (tiny.parent / "work-averaged.json").unlink()
+    assert measure(tiny, "averaged", "work")[1]["copy"] == "as published"  # that was of other images
+
+
+def test_which_copy_it_is_is_settled_when_images_were_read(tiny: Path) -> None:
+    """Not by a mistyped --data."""
+    entry = tiny_row("imageless", "strategy=fedavg", "data=cifar10")
+    tiny.write_text(yaml.safe_dump({"cpu": ["device=cpu"], "rows": [entry], "orderings": []}))
+    assert measure(tiny, "imageless", "work", "--data", str(tiny.parent / "nowhere")) == (2, {})
+    assert not list((tiny.parent / "work" / "imageless").glob("copy*"))
+    assert reproduce.copy_of(compose(["data=cifar10", f"data.root={tiny.parent / 'nowhere'}"])) == reproduce.UNKNOWN
 
 
 @pytest.mark.parametrize(("kind", "copy"), [("JPEG", "jpeg"), ("PNG", "as published")])
@@ -516,6 +578,7 @@ def test_a_jpeg_copy_is_known_by_its_bytes(tmp_path: Path, kind: str, copy: str)
 # --- bad input --------------------------------------------------------------------------------------------------------
 def test_shards_of_different_images_are_no_row(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure(tiny, "alone", "work")
+    (tiny.parent / "work-alone.json").unlink()
     manifest = next((tiny.parent / "work").glob("*/*2*/manifest.json"), None)
     manifest = manifest or sorted((tiny.parent / "work").rglob("manifest.json"))[-1]
     said = json.loads(manifest.read_text())
@@ -599,6 +662,35 @@ def test_a_result_is_one_process_at_a_time(tiny: Path, capsys: pytest.CaptureFix
         )
     assert reproduce.main(arguments) == reproduce.STOPPED
     assert sorted(path.name for path in output.parent.iterdir()) == ["one.json", "other.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({"measured": ...}, "measured"),
+        ({"runs": [{"status": ...}]}, "status"),
+        ({"runs": [{"attempts": None}]}, "attempts"),
+        ({"runs": [{"attempts": [{"rounds": 0}]}]}, "replies, seconds"),
+        ({"machines": None}, "machines"),
+    ],
+)
+def test_a_damaged_result_is_named(
+    change: dict[str, Any], lacking: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And left as it is."""
+
+    def changed(node: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in {**node, **values}.items() if value is not ...}
+
+    table = rows.load_table(tiny)
+    result = {**A_RESULT, "overrides": table.overrides(table.row("averaged"), shrunken=False)}
+    runs = [changed(result["runs"][0], run) for run in change.get("runs", [{}])]
+    output = tiny.parent / "work-averaged.json"
+    output.write_text(json.dumps(changed(result, {**change, "runs": runs})))
+    before = output.read_text()
+    assert measure(tiny, "averaged", "work")[0] == 2
+    assert f"error: {output} is no result of scripts/reproduce: it lacks {lacking}, or" in capsys.readouterr().err
+    assert output.read_text() == before
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "cannot read"), ("{}", "no summary"), ("[]", "no summary")])
@@ -752,7 +844,12 @@ def test_a_result_with_some_runs_is_added_and_replaced_by_one_with_more(
 A_RESULT: dict[str, Any] = {
     "name": "averaged", "shrunken": False, "metric": "linear_top1", "epochs": 3, "copy": "as published",
     "measured": 0.6, "data_sha256": {},
-    "runs": [{"shard": None, "rounds": 3, "num_rounds": 3, "measured": 0.6, "untrained": 0.1}],
+    "runs": [
+        {
+            "shard": None, "status": "completed", "rounds": 3, "num_rounds": 3, "measured": 0.6, "untrained": 0.1,
+            "seconds": 1.0,
+        }
+    ],
 }  # fmt: skip
 
 
@@ -786,7 +883,7 @@ def test_only_results_of_the_rows_settings_are_added(
             {kept.name: {**good, "measured": 0.99}, "reproduce-alone.json": []},
             "reproduce-alone.json in .*it lacks name",
         ),
-        ({kept.name: {**good, "runs": [{}]}}, "it lacks shard, rounds, num_rounds"),
+        ({kept.name: {**good, "runs": [{}]}}, "it lacks shard, status, rounds, num_rounds"),
     ):
         code, said = add(content)
         assert (code, kept.read_text()) == (2, before), content
@@ -921,8 +1018,10 @@ def test_why_a_row_could_not_be_measured_is_said_at_once(tiny: Path, capfd: pyte
     (tiny.parent / "nowhere").mkdir()
     arguments = ["--rows", str(tiny), "--data", str(tiny.parent / "nowhere"), "--work", str(tiny.parent / "w")]
     why = r"error: data=cifar10: the train split is neither in data\.root=.*nowhere .*\(Here data\.root is --data\.\)"
-    assert reproduce.main(["imageless", "--cpu", *arguments, "-o", str(tiny.parent / "result.json")]) == 2
+    output = tiny.parent / "result.json"
+    assert reproduce.main(["imageless", "--cpu", *arguments, "-o", str(output), "--seconds", "60"]) == 2
     assert re.search(f"^{why}$", capfd.readouterr().err)
+    assert not output.exists()  # it was no attempt
     assert gpu_acceptance.main([*arguments, "--out", str(tiny.parent / "o"), "--dry", "--parts", "rows"]) == 1
     out = capfd.readouterr().out
     assert re.search(f"^row imageless: exit code 2, {why}$", out, re.MULTILINE)

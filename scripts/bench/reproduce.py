@@ -12,6 +12,8 @@ nothing of which earlier rounds, of this run or of another shard, say that it wo
 is interrupted. An attempt that got nowhere is remembered in the result: with no more seconds it is not made again.
 The completed runs of an unfinished result are not made again where WORK has gone, as between machines that are lent;
 without WORK and the result a row starts anew.
+A row that is whole is not measured again without --again, and then the result that is there stays until the new one has
+as many complete runs; so does one of other settings.
 The result is written when a run begins and when the command ends: `measured` and `holds` are null until the row is
 whole, and `holds` always for a shrunken one; `machines` are all that had a part in it. Rows can be measured at the same
 time in one WORK; a second process on the same row ends with exit code 2.
@@ -42,6 +44,7 @@ from fedssl.settings import flatten, of_every_sitting
 
 OK, MISSED, STOPPED, INTERRUPTED = 0, 1, 4, 130
 ABSENT = "(absent)"
+UNKNOWN = "unknown"  # the copy of images that were not read
 KNN_AND_PROBE = ("knn_top1", "linear_top1")
 
 
@@ -266,13 +269,15 @@ def seconds_kept(run_dir: Path) -> float:
 
 
 def copy_of(config: Mapping[str, Any]) -> str:
-    """ "jpeg" where the images come as JPEG in parquet files, else "as published"."""
+    """ "jpeg" where the images are JPEG in parquet files, `UNKNOWN` where no folder is, else "as published"."""
     from fedssl.data.parquet import IMAGE_COLUMNS, parquet_files
 
     node = config["data"]
     if "root" not in node:
         return "as published"
     root = Path(node["root"]).expanduser()
+    if not root.is_dir():
+        return UNKNOWN
     files = parquet_files(root / node["name"], "train") or parquet_files(root, "train")
     if not files:
         return "as published"
@@ -283,21 +288,33 @@ def copy_of(config: Mapping[str, Any]) -> str:
     return "jpeg" if image["bytes"][:2] == b"\xff\xd8" else "as published"
 
 
-def settled_copy(jobs: Sequence[Job], work: Path) -> str:
-    """`copy_of` the images that the row began with: a later call may name others, when all is trained."""
-    path = work / "copy"
-    if not path.is_file():
-        path.write_text(copy_of(jobs[0].config))
-    return path.read_text()
+def settled_copy(jobs: Sequence[Job], work: Path, digests: Mapping[str, str], before: Mapping[str, Any]) -> str:
+    """`copy_of` the images with these sha256, as `before` or WORK has it; `UNKNOWN` as long as none were read.
+
+    A run names the folder that it read; a later call may name another, when all is trained.
+    """
+    from fedssl.tracking import write_json
+
+    path = work / "copy.json"
+    for known in (before, rows.read_json(path) if path.is_file() else {}):
+        if known and known["copy"] != UNKNOWN and rows.images(known["data_sha256"]) == rows.images(digests):
+            return str(known["copy"])
+    for run_dir in (work / job.name for job in jobs):
+        if (run_dir / "manifest.json").is_file() and (
+            copy := copy_of(yaml.safe_load((run_dir / "config.yaml").read_text()))
+        ) != UNKNOWN:
+            write_json(path, {"copy": copy, "data_sha256": digests})
+            return copy
+    return UNKNOWN
 
 
-def earlier(output: Path, row: Row, table: Table, *, shrunken: bool) -> dict[str, Any]:
-    """The result of the sitting before; {} where there is none, or one with other settings."""
-    try:
-        result: dict[str, Any] = json.loads(output.read_text())
-        return result if table.is_of(row, result) and result["shrunken"] == shrunken else {}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+def earlier(output: Path) -> dict[str, Any]:
+    """The result that is there; {} where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return rows.checked(rows.read_json(output), str(output)) if output.is_file() else {}
 
 
 def this_machine() -> dict[str, Any]:
@@ -321,11 +338,11 @@ def result_of(
     attempts: Mapping[str, Sequence[Mapping[str, Any]]],
     machines: Sequence[Mapping[str, Any]],
     done: Mapping[str, Mapping[str, Any]],
-    images: Mapping[str, str],
+    before: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the JSON holds: of `attempts`, by job, those that left the run where it is; of `machines` each once.
 
-    `done` are the runs, by job, that are taken as an earlier result has them, and `images` the sha256 of theirs.
+    `done` are the runs, by job, that are taken as the result `before` has them.
     """
     runs = [dict(done[job.name]) if job.name in done else state_of(job, work / job.name, row) for job in jobs]
     for job, run in zip(jobs, runs, strict=True):
@@ -335,7 +352,7 @@ def result_of(
     measured = mean(values) if None not in values else None
     manifests = [work / job.name / "manifest.json" for job in jobs]
     found = [rows.read_json(path) for path in manifests if path.is_file()]
-    data = [*([images] if images else []), *(manifest["data"] for manifest in found)]
+    data = [*([before["data_sha256"]] if done else []), *(manifest["data"] for manifest in found)]
     if any(rows.images(other) != rows.images(data[0]) for other in data):
         raise ConfigError(
             f"the runs in {work} and its result were trained on different images (sha256 in their manifest.json): "
@@ -356,7 +373,7 @@ def result_of(
         "metric": row.metric,
         "epochs": config["federation"]["num_rounds"] * config["client"]["local_epochs"],
         "expected": row.expected,
-        "copy": settled_copy(jobs, work),
+        "copy": settled_copy(jobs, work, data[0], before) if data else UNKNOWN,
         "measured": measured,
         "runs": runs,
         "beside": row.beside,
@@ -365,34 +382,57 @@ def result_of(
         "data_sha256": data[0] if data else {},
         "machines": known,
     }
+    return of_today(row, result)
+
+
+def of_today(row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result with what the row says now of what it is compared with."""
+    words = {"what": row.what, "source": row.source, "expected": row.expected, "beside": row.beside}
+    result = {**result, **words}
     return {**result, "tolerance": row.tolerance_of(result), "holds": row.holds(result)}
 
 
 def reproduce(
-    row: Row, table: Table, *, shrunken: bool, data: str | None, work: Path, seconds: float | None, output: Path
+    row: Row,
+    table: Table,
+    *,
+    shrunken: bool,
+    data: str | None,
+    work: Path,
+    seconds: float | None,
+    output: Path,
+    again: bool = False,
 ) -> int:
     """Go on with the row and write its result to `output`; returns the exit code."""
     from fedssl.tracking import write_json
 
     started = time.monotonic()
+    there = earlier(output)
+    num_there = sum(run["measured"] is not None for run in there.get("runs", ()))
+    before = there if there and there["shrunken"] == shrunken and table.is_of(row, there) and not again else {}
+    if rows.is_measured(before or None):
+        if (result := of_today(row, before)) != before:
+            write_json(output, result)
+        print(f"{row.name}: measured already, {_said(row, result)} ({output}); --again measures it anew")
+        return MISSED if result["holds"] is False else OK
     jobs = jobs_of(row, table, shrunken=shrunken, data=data, work=work)
-    before = earlier(output, row, table, shrunken=shrunken)
+    complete = {job.name for job in jobs if summary_of(work / job.name).get("status") == "completed"}
+    if again and len(complete) == len(jobs):
+        raise ConfigError(
+            f"{work} holds {row.name} whole: delete it, or name another folder with --work, to begin anew"
+        )
     runs = dict(zip((job.name for job in jobs), before.get("runs", ()), strict=bool(before)))
     attempts = {name: list(run.get("attempts", ())) for name, run in runs.items()}
-    done = {
-        name: run
-        for name, run in runs.items()
-        if run["status"] == "completed" and before["measured"] is None and not (work / name).is_dir()
-    }
+    done = {name: run for name, run in runs.items() if run["status"] == "completed" and name not in complete}
     goes_on = done or any((work / job.name).is_dir() for job in jobs)
     machines = list(before.get("machines", ())) if goes_on else []
 
     def written() -> dict[str, Any]:
         result = result_of(
-            row, table, jobs, work, shrunken=shrunken, attempts=attempts, machines=machines, done=done,
-            images=before.get("data_sha256", {}) if done else {},
-        )  # fmt: skip
-        write_json(output, result)
+            row, table, jobs, work, shrunken=shrunken, attempts=attempts, machines=machines, done=done, before=before
+        )
+        if rows.num_completed(result) >= num_there and (there or result["machines"] or any(attempts.values())):
+            write_json(output, result)
         return result
 
     code = OK
@@ -419,6 +459,13 @@ def reproduce(
             try:
                 with interrupted_after(left):
                     status = advance(job.config, work / job.name, None if left is None else left - needed)["status"]
+            except Exception:
+                if not (work / job.name / "manifest.json").is_file():  # no image was read, so this was no attempt
+                    attempts[job.name].remove(attempt)
+                    machines.pop()
+                    if not there and not machines:
+                        output.unlink(missing_ok=True)
+                raise
             finally:
                 attempt["seconds"] = time.monotonic() - begun
                 begun = time.monotonic()
@@ -431,7 +478,9 @@ def reproduce(
         code = INTERRUPTED
     finally:
         result = written()
-    print(f"{row.name}: {_said(row, result)} ({output})")
+    kept = rows.num_completed(result) < num_there
+    where = f"{output} keeps its result until this one has as many complete runs" if kept else str(output)
+    print(f"{row.name}: {_said(row, result)} ({where})")
     return MISSED if code == OK and result["holds"] is False else code
 
 
@@ -496,6 +545,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--add", type=Path, metavar="FILE", help="take over results and end")
     parser.add_argument("--data", metavar="DIR", help="data.root (default: as in conf/data)")
     parser.add_argument("--cpu", action="store_true", help="the shrunken version")
+    parser.add_argument("--again", action="store_true", help="measure anew what is whole")
     parser.add_argument("--work", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--seconds", type=float, metavar="S", help="of this sitting (default: no limit)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="(benchmarks/results/reproduce-NAME.json)")
@@ -564,4 +614,5 @@ def _measure(args: argparse.Namespace, table: Table) -> int:
             work=work,
             seconds=args.seconds,
             output=output,
+            again=args.again,
         )

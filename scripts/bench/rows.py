@@ -25,8 +25,12 @@ NEEDED = {
     "measured": float | int | None, "runs": list, "data_sha256": dict,
 }  # fmt: skip
 NEEDED_OF_RUN = {
-    "shard": int | None, "rounds": int, "num_rounds": int, "measured": float | int | None,
-    "untrained": float | int | None,
+    "shard": int | None, "status": str, "rounds": int, "num_rounds": int, "measured": float | int | None,
+    "untrained": float | int | None, "seconds": float | int,
+}  # fmt: skip
+NEEDED_OF_ATTEMPT = {"rounds": int, "replies": int, "seconds": float | int | None}
+IF_THERE = {  # of a result, or of a run
+    "settings": str | None, "machines": list, "attempts": list, "replies": int, "expected": float | int | None,
 }  # fmt: skip
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
 
@@ -187,18 +191,23 @@ def checked(result: Any, where: str) -> dict[str, Any]:
     Raises:
         ConfigError: it lacks a key, or has a value of another type; the message begins with `where`.
     """
-    runs = result.get("runs") if isinstance(result, dict) else None
-    for node, needed in ((result, NEEDED), *((run, NEEDED_OF_RUN) for run in (runs if isinstance(runs, list) else ()))):
-        wrong = [
-            key
-            for key, kind in needed.items()
-            if not (isinstance(node, dict) and key in node and isinstance(node[key], kind))
-        ]
-        if wrong:
-            raise ConfigError(
-                f"{where} is no result of scripts/reproduce: it lacks {', '.join(wrong)}, or has another type"
-            )
+    runs = _list_in(result, "runs")
+    attempts = [attempt for run in runs for attempt in _list_in(run, "attempts")]
+    for nodes, needed in (([result], NEEDED), (runs, NEEDED_OF_RUN), (attempts, NEEDED_OF_ATTEMPT)):
+        for node in nodes:
+            found = node if isinstance(node, dict) else {}
+            kinds = {**needed, **{key: kind for key, kind in IF_THERE.items() if key in found}}
+            if wrong := [key for key, kind in kinds.items() if not (key in found and isinstance(found[key], kind))]:
+                raise ConfigError(
+                    f"{where} is no result of scripts/reproduce: it lacks {', '.join(wrong)}, or has another type. "
+                    f"Bring it back, or delete it: the row goes on from its folder, or begins anew."
+                )
     return dict(result)
+
+
+def _list_in(node: Any, key: str) -> list[Any]:
+    found = node.get(key) if isinstance(node, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def read_results(table: Table, *folders: Path) -> dict[str, dict[str, Any]]:
