@@ -217,6 +217,9 @@ def test_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
         ("beside: fedema_centralized", "beside: fedema_central", "there is no row 'fedema_central'"),
         ("expected: 0.726", "expected: null", "row flesd_local_cifar10: expected, tolerance"),
         ("name: fedema_standalone", "name: lightly_simclr", "two rows lightly_simclr"),
+        ("expected: 0.726", "expected: a lot", "row flesd_local_cifar10 has expected='a lot'"),
+        ("[experiment=flesd_local, strategy=local_only]", "strategy=local_only", "has overrides='strategy=local_only'"),
+        ("shards: [0, 1, 2, 3, 4, 5]", "shards: 6", "row flesd_local_cifar10 has shards=6"),
     ):
         path = tmp_path / "rows.yaml"
         assert before in text
@@ -1351,6 +1354,82 @@ def test_what_a_sitting_did_not_leave_is_named(content: str, tiny: Path, capsys:
     arguments = ["--out", str(path.parent), "--work", str(tiny.parent / "w"), "--rows", str(tiny), "--parts", "rows"]
     assert gpu_acceptance.main(arguments) == 2
     assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["futile.json", "tests.json", "benchmark-train.json", "reproduce-averaged.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"of": 3}', '{"of": {}, "seconds": 3}'])
+def test_damaged_notes_of_a_sitting_are_named(
+    content: str, name: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.parent / "w" / "results" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    arguments = ["--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w"), "--rows", str(tiny)]
+    assert gpu_acceptance.main([*arguments, "--parts", "rows", "--seconds", "1"]) == 2
+    assert str(path) in (said := capsys.readouterr().err)
+    assert "elete it" in said
+
+
+def test_what_came_back_damaged_or_under_a_foreign_name_is_passed_over(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is written outside of --work."""
+    out = tiny.parent / "a" / "o"
+    out.mkdir(parents=True)
+    table = rows.load_table(tiny)
+    good = {**A_RESULT, "overrides": table.overrides(table.row("averaged"), shrunken=False)}
+    brought = {"../../evil": good, "reproduce-averaged.json": good, "reproduce-alone.json": {"runs": None}}
+    (out / "rows.json").write_text(json.dumps(brought))
+    (out / "benchmarks.json").write_text('{"../../evil": {"name": "", "figures": {}}, "benchmark-train": 3}')
+    (out / "acceptance.json").write_text('{"futile": 3, "tests": []}')
+    work = tiny.parent / "a" / "b" / "w"
+    arguments = ["--out", str(out), "--work", str(work), "--rows", str(tiny), "--parts", "rows", "--seconds", "1"]
+    assert gpu_acceptance.main(arguments) == 0
+    said = capsys.readouterr().out
+    for name in ("'../../evil', which is of no row", "reproduce-alone.json in ", "'../../evil.json'"):
+        assert name in said
+    for name in ("'benchmark-train.json'", "'futile.json'"):
+        assert f"passed over: {out} has {name}, which is damaged, or none of its own" in said
+    assert [path.name for path in (work / "results").iterdir()] == ["reproduce-averaged.json"]
+    assert {path.name for path in (tiny.parent / "a").iterdir()} == {"o", "b"}
+    assert {path.name for path in (tiny.parent / "a" / "b").iterdir()} == {"w"}
+
+
+def test_of_two_results_the_one_with_more_complete_runs_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unfinished one of an earlier sitting does not stand before what was committed since."""
+    asked: list[str] = []
+
+    def run(name: str, command: Any, limit: float, log: Path, meanwhile: Any) -> gpu_acceptance.Part:
+        asked.append(name)
+        log.write_text("")
+        return gpu_acceptance.Part(name=name, command=[], code=0, interrupted=False, seconds=1.0, tail="")
+
+    monkeypatch.setattr(gpu_acceptance, "run", run)
+    monkeypatch.setattr(rows, "RESULTS", tiny.parent / "committed")
+    own = tiny.parent / "w" / "results"
+    table = rows.load_table(tiny)
+    for folder, num_averaged, num_alone in ((rows.RESULTS, 1, 1), (own, 0, 0)):
+        folder.mkdir(parents=True)
+        for name, shards, num in (("averaged", [None], num_averaged), ("alone", [0, 2], num_alone)):
+            runs = [
+                {**A_RESULT["runs"][0], "shard": shard, "measured": 0.6 if i < num else None}
+                for i, shard in enumerate(shards)
+            ]
+            overrides = table.overrides(table.row(name), shrunken=False)
+            measured = 0.6 if num == len(shards) else None
+            result = {**A_RESULT, "name": name, "overrides": overrides, "measured": measured, "runs": runs}
+            (folder / f"reproduce-{name}.json").write_text(json.dumps(result))
+    arguments = ["--out", str(tiny.parent / "o"), "--work", str(tiny.parent / "w"), "--rows", str(tiny)]
+    arguments += ["--parts", "rows", "--names", "averaged,alone", "--seconds", "100"]
+    assert gpu_acceptance.main(arguments) == 0
+    assert asked == ["row alone"]
+    left = json.loads((tiny.parent / "o" / "rows.json").read_text())
+    assert [run["measured"] for run in left["reproduce-alone.json"]["runs"]] == [0.6, None]
+    path = own / "reproduce-alone.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "overrides": ["of another time"]}))
+    assert gpu_acceptance.main(arguments) == 0
+    assert rows.num_completed(json.loads(path.read_text())) == 1  # the committed one
+    assert json.loads(path.with_suffix(".old").read_text())["overrides"] == ["of another time"]
 
 
 def test_a_folder_that_cannot_be_made(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +97,7 @@ NEEDED = {  # module -> package, for whom
     "beartype": "beartype: tests",
     "hypothesis": "hypothesis: tests",
 }
+STATE = {"tests": ("of", "part"), "futile": ("of", "seconds")}  # what acceptance.json keeps, and its keys
 TAIL = 8_000  # characters of each part's output that are kept
 MAX_LOG = 16 * 2**20
 
@@ -244,10 +244,13 @@ class Acceptance:
         hardware = self.machine.get("hardware") or {}
         described = [hardware.get("cpu"), hardware.get("gpus"), self.machine["python"], self.machine.get("versions")]
         self.tested = {"code": code_digest(), "machine": described, "dry": args.dry}
-        noted = json.loads(self.futile_path.read_text()) if self.futile_path.is_file() else {}
+        noted = self.state("futile.json", *STATE["futile"])
         self.futile: dict[str, float] = {}  # by part: the most seconds that were not enough
-        if noted.get("of") == json.loads(json.dumps(self.tested)):
+        if noted and noted["of"] == json.loads(json.dumps(self.tested)):
             self.futile = noted["seconds"]
+        self.tests_before()
+        self.benchmark_results()
+        read_results(self.table, self.results)  # what is damaged is named before anything runs
 
     @property
     def left(self) -> float:
@@ -259,10 +262,22 @@ class Acceptance:
         followed = any(later in self.args.parts for later in PARTS[PARTS.index(part) + 1 :])
         return (SHARES[part] if followed else 1.0) * self.left
 
-    @property
-    def futile_path(self) -> Path:
-        """Of what was not enough for which part."""
-        return self.results / "futile.json"
+    def state(self, name: str, *needed: str) -> dict[str, Any]:
+        """What an earlier sitting, or this one, noted in a file of --work; {} where it did not.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.results / name
+        found = rows.read_json(path) if path.is_file() else {}
+        if path.is_file() and not _has(found, needed):
+            raise ConfigError(f"{path} must have {', '.join(needed)}, as gpu_acceptance writes it. Delete it.")
+        return dict(found)
+
+    def benchmark_results(self) -> dict[str, dict[str, Any]]:
+        """By the stems of their files."""
+        names = [path.name for path in sorted(self.results.glob("benchmark-*.json"))]
+        return {Path(name).stem: self.state(name, "name", "figures") for name in names}
 
     def worth(self, name: str, limit: float) -> bool:
         """Whether the part may end within the limit; said where it may not."""
@@ -272,20 +287,51 @@ class Acceptance:
         return True
 
     def bring_back(self) -> None:
-        """What an earlier sitting left in --out is kept where --work is gone, and not measured again."""
-        for name, ending in (("rows", ""), ("benchmarks", ".json")):
-            for stem, result in _left(self.args.out / f"{name}.json").items():
-                if not (kept := self.results / f"{stem}{ending}").exists():
-                    _write(kept, json.dumps(result, indent=2))
+        """What an earlier sitting left in --out is kept where --work has less, and not measured again.
+
+        What is of no row and of no benchmark, or damaged, is passed over, and said.
+        """
+        for name, result in _left(path := self.args.out / "rows.json").items():
+            try:
+                if name not in self.table.files:
+                    raise ConfigError(f"{path} has {name!r}, which is of no row")
+                brought = rows.checked(result, f"{name} in {path}")
+            except ConfigError as error:
+                print(f"passed over: {error}", flush=True)
+            else:
+                self.keep_better(name, brought)
         noted = _left(self.args.out / "acceptance.json")
-        for name in ("tests", "futile"):
-            if noted.get(name) and not (kept := self.results / f"{name}.json").exists():
-                _write(kept, json.dumps(noted[name], indent=2))
+        left = {
+            **{f"{name}.json": (noted.get(name), needed) for name, needed in STATE.items() if noted.get(name)},
+            **{
+                f"{stem}.json": (result, ("name", "figures"))
+                for stem, result in _left(self.args.out / "benchmarks.json").items()
+            },
+        }
+        for name, (content, needed) in left.items():
+            if not (re.fullmatch(r"(benchmark-\w+|tests|futile)\.json", name) and _has(content, needed)):
+                print(f"passed over: {self.args.out} has {name!r}, which is damaged, or none of its own", flush=True)
+            elif not (kept := self.results / name).exists():
+                _write(kept, json.dumps(content, indent=2))
+
+    def keep_better(self, name: str, result: dict[str, Any] | None) -> None:
+        """Put the result into --work where none is, or one with fewer complete runs.
+
+        One of other settings, from which nothing of the row can go on, is set aside.
+        """
+        kept = self.results / name
+        own = read_results(self.table, self.results, names=[name]).get(name)
+        if own and own.get("changed"):
+            kept.replace(kept.with_suffix(".old"))
+            own = None
+        if result is None or result.get("changed"):
+            return
+        if own is None or rows.num_completed(result) > rows.num_completed(own):
+            _write(kept, json.dumps(result, indent=2))
 
     def tests_before(self) -> dict[str, Any] | None:
         """How the tests ended last, and with what code on what machine."""
-        path = self.results / "tests.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else None
+        return self.state("tests.json", *STATE["tests"]) or None
 
     def __call__(self) -> int:
         """All parts that were asked for; the exit code."""
@@ -327,7 +373,7 @@ class Acceptance:
         for name in sorted(names, key=lambda name: self.futile.get(f"benchmark {name}", 0.0)):
             there = (SCRIPTS / "bench" / f"{name}.py").is_file()
             kept = self.results / f"benchmark-{name}.json"
-            before = json.loads(kept.read_text()) if kept.is_file() else None
+            before = self.state(kept.name, "name", "figures") or None
             done = before is not None and not before["figures"].get("not_measured")
             limit = until - time.monotonic()
             if there and not done and limit > LAST and self.worth(f"benchmark {name}", limit):
@@ -357,14 +403,14 @@ class Acceptance:
                 print(f"row {name}: passed over, has the images of {unread[data]}, which were not read", flush=True)
                 continue
             file = row.file(self.args.dry)
-            known = read_results(self.table, *([] if self.args.dry else [rows.RESULTS]), self.results)
-            if rows.is_measured(known.get(file)):
+            folders = [*([] if self.args.dry else [rows.RESULTS]), self.results]
+            best = read_results(self.table, *folders, names=[file]).get(file)
+            if rows.is_measured(best):
                 continue
             if self.left < 2 * LAST:
                 return
-            begun, kept = rows.RESULTS / file, self.results / file
-            if begun.is_file() and not kept.exists() and not self.args.dry:
-                shutil.copyfile(begun, kept)  # runs of it that are complete are not made again
+            kept = self.results / file
+            self.keep_better(file, best)  # runs of it that are complete are not made again
             command = [sys.executable, str(SCRIPTS / "reproduce"), name, "--rows", str(self.args.rows.resolve())]
             command += ["--work", str(self.args.work.resolve()), "--seconds", str(round(self.left - 2 * LAST, 1))]
             command += ["-o", str(kept.resolve())]
@@ -395,7 +441,7 @@ class Acceptance:
     def remember(self, name: str, limit: float) -> None:
         """What was not enough for a part."""
         self.futile[name] = limit
-        _write(self.futile_path, json.dumps({"of": self.tested, "seconds": self.futile}, indent=2))
+        _write(self.results / "futile.json", json.dumps({"of": self.tested, "seconds": self.futile}, indent=2))
         self.write()
 
     def note(self, name: str, text: str) -> None:
@@ -412,8 +458,7 @@ class Acceptance:
         left["futile"] = {"of": self.tested, "seconds": self.futile}
         _write(out / "acceptance.json", json.dumps(left, indent=2))
         _write(out / "rows.json", json.dumps(read_results(self.table, self.results), indent=2))
-        benchmarks = {path.stem: json.loads(path.read_text()) for path in self.results.glob("benchmark-*.json")}
-        _write(out / "benchmarks.json", json.dumps(benchmarks, indent=2))
+        _write(out / "benchmarks.json", json.dumps(self.benchmark_results(), indent=2))
         text = "\n".join(f"== {part.name}\n{part.tail}" for part in self.parts)
         _write(out / "log.txt", text[-MAX_LOG // 4 :])  # a character has at most 4 bytes
 
@@ -435,6 +480,13 @@ def _joined(before: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, 
     families = {**before["figures"]["families"], **result["figures"]["families"]}
     figures = {**result["figures"], "families": families}
     return {**result, "figures": figures, "bars": [*before["bars"], *result["bars"]]}
+
+
+def _has(node: Any, needed: Sequence[str]) -> bool:
+    """Whether it is a mapping with these keys, of which all but the name and what it is of are mappings."""
+    return isinstance(node, dict) and all(
+        key in node and (key in ("name", "of") or isinstance(node[key], dict)) for key in needed
+    )
 
 
 def _left(path: Path) -> dict[str, Any]:

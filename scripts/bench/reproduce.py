@@ -513,7 +513,7 @@ def add(path: Path, table: Table) -> None:
     """
     from fedssl.tracking import write_json
 
-    known = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
+    known = table.files
     brought = rows.read_json(path)
     if not isinstance(brought, dict):
         raise ConfigError(f"{path} must hold a mapping of file names to results, as the rows.json of gpu_acceptance")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
@@ -31,6 +31,11 @@ NEEDED_OF_RUN = {
 NEEDED_OF_ATTEMPT = {"rounds": int, "replies": int, "seconds": float | int | None}
 IF_THERE = {  # of a result, or of a run
     "settings": str | None, "machines": list, "attempts": list, "replies": int, "expected": float | int | None,
+}  # fmt: skip
+KINDS: dict[str, Any] = {  # of a row's fields in rows.yaml
+    "name": str, "what": str, "source": str, "overrides": [str], "metric": str, "expected": float | int | None,
+    "tolerance": float | int | None, "tolerance_jpeg": float | int | None, "gpu_minutes": float | int, "cpu": [str],
+    "shards": list | None, "beside": str | None,
 }  # fmt: skip
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
 
@@ -104,6 +109,11 @@ class Table:
         given = [*row.overrides, *(self.cpu if shrunken else ()), *(row.cpu if shrunken else ()), "grid=in_process"]
         return list({override.split("=", 1)[0]: override for override in given}.values())
 
+    @property
+    def files(self) -> dict[str, Row]:
+        """The rows by the names of their results."""
+        return {row.file(shrunken): row for row in self.rows.values() for shrunken in (False, True)}
+
     def is_of(self, row: Row, result: Mapping[str, Any]) -> bool:
         """Whether the result was made with the settings that the row has now, those of its preset included.
 
@@ -146,6 +156,9 @@ def load_table(path: Path = ROWS) -> Table:
     for entry in text["rows"]:
         if unknown := entry.keys() - known:
             raise ConfigError(f"{path}: row {entry.get('name')} has the unknown keys {sorted(unknown)}")
+        if wrong := [key for key, value in entry.items() if not _is_of_kind(value, KINDS[key])]:
+            said = ", ".join(f"{key}={entry[key]!r}" for key in wrong)
+            raise ConfigError(f"{path}: row {entry['name']} has {said}; see the head of that file for what goes there")
         try:
             row = Row(**entry)
         except TypeError as error:
@@ -157,6 +170,13 @@ def load_table(path: Path = ROWS) -> Table:
     for name in [row.beside for row in rows.values() if row.beside] + [n for o in table.orderings for n in o["rows"]]:
         table.row(name)
     return table
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether it is of the type; a kind in a list is that of all items of one."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_of_kind(item, kind[0]) for item in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def read_json(path: Path) -> Any:
@@ -210,22 +230,25 @@ def _list_in(node: Any, key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def read_results(table: Table, *folders: Path) -> dict[str, dict[str, Any]]:
-    """The results of the table's rows by file name; of two folders that hold one, the last counts.
+def read_results(table: Table, *folders: Path, names: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The results of the table's rows by file name (`names`: only of these).
+
+    Of two folders that hold one, the one with more complete runs counts, and of as many the last.
 
     One that was made with other settings than the row's has `changed`, and nothing measured.
 
     Raises:
         ConfigError: one cannot be read, or is none.
     """
-    names = {row.file(shrunken): row for row in table.rows.values() for shrunken in (False, True)}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         for path in sorted(folder.glob("reproduce-*.json")):
-            if path.name in names:
+            if (row := table.files.get(path.name)) and (names is None or path.name in names):
                 result = checked(read_json(path), str(path))
-                current = table.is_of(names[path.name], result)
-                found[path.name] = result if current else {**result, "measured": None, "changed": True}
+                if not table.is_of(row, result):
+                    result = {**result, "measured": None, "changed": True}
+                if num_completed(result) >= num_completed(found.get(path.name)):
+                    found[path.name] = result
     return found
 
 
