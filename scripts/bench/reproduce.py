@@ -376,19 +376,20 @@ def result_of(
         "copy": settled_copy(jobs, work, data[0], before) if data else UNKNOWN,
         "measured": measured,
         "runs": runs,
-        "beside": row.beside,
+        "beside": None,
         "seed": config["seed"],
         "seconds": sum(run["seconds"] for run in runs),
         "data_sha256": data[0] if data else {},
         "machines": known,
     }
-    return of_today(row, result)
+    return of_today(row, table, result)
 
 
-def of_today(row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The result with what the row says now of what it is compared with."""
-    words = {"what": row.what, "source": row.source, "expected": row.expected, "beside": row.beside}
-    result = {**result, **words}
+def of_today(row: Row, table: Table, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result with what it is compared with now: what the row says, and what has been measured beside it."""
+    names = [table.row(row.beside).file(result["shrunken"])] if row.beside else []
+    beside = rows.beside_of(table, row, result, read_results(table, rows.RESULTS, names=names))
+    result = {**result, "what": row.what, "source": row.source, "expected": row.expected, "beside": beside}
     return {**result, "tolerance": row.tolerance_of(result), "holds": row.holds(result)}
 
 
@@ -411,7 +412,7 @@ def reproduce(
     num_there = sum(run["measured"] is not None for run in there.get("runs", ()))
     before = there if there and there["shrunken"] == shrunken and table.is_of(row, there) and not again else {}
     if rows.is_measured(before or None):
-        if (result := of_today(row, before)) != before:
+        if (result := of_today(row, table, before)) != before:
             write_json(output, result)
         print(f"{row.name}: measured already, {_said(row, result)} ({output}); --again measures it anew")
         return MISSED if result["holds"] is False else OK
@@ -496,11 +497,14 @@ def _said(row: Row, result: Mapping[str, Any]) -> str:
 def show(table: Table) -> None:
     """The table, as plain text."""
     results = read_results(table, rows.RESULTS)
-    cells = [rows.HEAD, *rows.lines(table, results)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(rows.HEAD))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(*rows.ordering_lines(table, results), sep="\n")
+    for cells in (
+        [rows.HEAD, *rows.lines(table, results)],
+        [rows.ORDERING_HEAD, *rows.ordering_lines(table, results)],
+    ):
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print()
 
 
 def add(path: Path, table: Table) -> None:
