@@ -12,8 +12,8 @@ nothing of which earlier rounds, of this run or of another shard, say that it wo
 is interrupted. An attempt that got nowhere is remembered in the result: with no more seconds it is not made again.
 The completed runs of an unfinished result are not made again where WORK has gone, as between machines that are lent;
 without WORK and the result a row starts anew.
-A row that is whole is not measured again without --again, and then the result that is there stays until the new one has
-as many complete runs; so does one of other settings.
+A row that is whole is measured again only with --again, which goes on if it is interrupted and called again; the result
+that is there stays until the new one has as many complete runs. So does one of other settings.
 The result is written when a run begins and when the command ends: `measured` and `holds` are null until the row is
 whole, and `holds` always for a shrunken one; `machines` are all that had a part in it. Rows can be measured at the same
 time in one WORK; a second process on the same row ends with exit code 2.
