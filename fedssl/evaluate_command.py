@@ -196,7 +196,7 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that differ, each with its value in the file and now; the file may be older than a setting."""
-    from fedssl.report.runs import flatten
+    from fedssl.settings import flatten
 
     old, new = flatten(before), flatten(json.loads(json.dumps(now)))
     return [

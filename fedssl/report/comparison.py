@@ -39,9 +39,10 @@ from fedssl.report.pages import (
     plural,
     render,
 )
-from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, PublicMap, Run, flatten
+from fedssl.report.runs import HEADLINE, METRICS, OUTCOMES, PublicMap, Run
 from fedssl.report.sections import GAP_METRIC, BySeed, Group, Section, over_seeds
 from fedssl.report.spread import clients_pictures, spread_table
+from fedssl.settings import flatten
 from fedssl.tracking import duration
 
 MAX_PARTITIONS = 6  # pictures a section

@@ -9,7 +9,8 @@ import yaml
 
 from fedssl.plots import Curve, Look, bytes_figure, curves_figure, human_bytes, map_figure, palette, partition_figure
 from fedssl.report.pages import TIE, Cell, Picture, Row, Table, accuracy, bounds, fraction, plural, render, signed
-from fedssl.report.runs import HEADLINE, METRICS, Run, flatten, tell_apart
+from fedssl.report.runs import HEADLINE, METRICS, Run, tell_apart
+from fedssl.settings import flatten
 from fedssl.tracking import duration
 
 MAX_FAILURES = 200  # rows of the failures table

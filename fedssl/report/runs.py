@@ -16,7 +16,7 @@ import yaml
 
 from fedssl.config import fill_in
 from fedssl.errors import DataError
-from fedssl.settings import INCIDENTAL, INERT, covers
+from fedssl.settings import INCIDENTAL, INERT, covers, flatten
 
 METRICS = {  # in the order of importance; the names are the reports' column heads
     "linear_top1": "linear",
@@ -417,17 +417,6 @@ def varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
         return alike and all(s[key] == s.get(other) for s in settings if key in s)
 
     return [key for key in keys if not (covers(["strategy"], key) and any(repeats(key, other) for other in keys))]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; lists stay as they are."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
