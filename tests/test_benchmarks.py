@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,10 @@ def test_rounds_of_engines_are_taken_in_turn(tmp_path: Path) -> None:
 def test_an_engine_is_frozen_while_it_is_not_its_turn(tmp_path: Path) -> None:
     with engine(tmp_path, "a")() as sitting:
         sitting.round()
+        for _ in range(100):  # the signal is sent, and comes
+            if sitting._process.status() == "stopped":
+                break
+            time.sleep(0.05)
         assert sitting._process.status() == "stopped"
         sitting.round()
         sitting.round()

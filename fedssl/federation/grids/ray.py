@@ -237,6 +237,9 @@ def fitting(free: float, peak: float, *, share: float, most: int) -> int:
 
 # --- Ray itself ------------------------------------------------------------------------------------------------------
 
+# Nobody asks our own Ray for its tasks' histories or its metrics, and workers and daemons spend the cores on them.
+QUIET = {"RAY_task_events_report_interval_ms": "0", "RAY_enable_metrics_collection": "false"}
+
 _started: tuple[str | None, int | None] | None = None  # the Ray that this module started: address and gpus
 open_grids: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -262,6 +265,7 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
         PYTHONPATH=os.pathsep.join(path or str(os.getcwd()) for path in sys.path),  # noqa: PTH109
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # the coming default; `_Worker` hides GPUs from CPU workers itself
+        **QUIET,
     ):
         if address is None:
             ray.init(
@@ -271,6 +275,8 @@ def start_ray(address: str | None, gpus: int | None) -> Any:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+            node: Any = ray._private.worker._global_node
+            node.kill_log_monitor(check_alive=False)  # it serves `log_to_driver` alone
         else:
             _join(ray, address)
     ray._private.worker._worker_logs_enabled = False  # a worker's death is an event of the grid, not a print
