@@ -17,8 +17,8 @@ from bench.sitting import Sitting, ratios, rounds_in_turn
 from fedssl.seeding import numpy_generator
 
 HERE = Path(__file__).parent
-SITTINGS = 15  # each engine that a bar compares starts once in each, in alternating order
-EVERY = 5  # the others start in each fifth
+SITTINGS = 12  # each engine that a bar compares starts once in each, in alternating order
+EVERY = 4  # the others start in each fourth
 TIMED = 4  # rounds of a sitting after the first
 OWN_COHORTS = ("flower_100", "flower_stock")  # so their weights are others
 BARS = {"round.bound": 1.10, "round.flower": 2.0, "round.pfl": 1.0, "round.first_s": 5.0}

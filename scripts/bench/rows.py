@@ -39,6 +39,7 @@ KINDS: dict[str, Any] = {  # of a row's fields in rows.yaml
     "tolerance": float | int | None, "tolerance_jpeg": float | int | None, "gpu_minutes": float | int, "cpu": [str],
     "shards": list | None, "beside": str | None,
 }  # fmt: skip
+IN_README = 9  # rows at least: what is to be measured first
 BEGIN, END = "<!-- rows: scripts/reproduce --table -->", "<!-- end of rows -->"
 
 
@@ -440,11 +441,18 @@ def markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def short_markdown(table: Table, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as it stands in the README: what is published and what is measured of it."""
+    """What the README shows of the table: its first rows, which are the next to be measured, and all that are."""
+    measured = [is_measured(results.get(row.file(False))) for row in table.rows.values()]
     chosen = [HEAD.index(name) for name in ("row", "what", "published", "measured", "verdict")]
-    cells = [[line[i] for i in chosen] for line in lines(table, results)]
-    count = sum(is_measured(results.get(row.file(False))) for row in table.rows.values())
-    return f"{_grid([HEAD[i] for i in chosen], cells)}\n\n{count} of {len(table.rows)} rows are measured."
+    cells = [
+        [line[i] for i in chosen]
+        for number, line in enumerate(lines(table, results))
+        if number < IN_README or measured[number]
+    ]
+    count = f"{sum(measured)} of {len(measured)} rows are measured."
+    if left := len(measured) - len(cells):
+        count += f" The other {left}: `benchmarks/published.md`."
+    return f"{_grid([HEAD[i] for i in chosen], cells)}\n\n{count}"
 
 
 def pages(table: Table, results: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
