@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bench.measure import Result, judge
+from bench.measure import Result, judge, with_this_checkout
 from bench.sitting import Sitting, ratios, rounds_in_turn
 from bench.turns import Turns
 from PIL import Image
@@ -46,7 +46,6 @@ COORDINATES = 128
 SITTINGS, ROUNDS = 5, 4  # of each engine; the first round, which starts workers, does not count
 LIMIT = 1.15
 CORES = len(os.sched_getaffinity(0))
-SCRIPTS = Path(__file__).parents[1]
 Wait = Callable[[], None]  # between two rounds, for this engine's turn
 SETTINGS = [
     "experiment=cifar10_small", "partition=iid", f"public.size={PUBLIC}", f"federation.num_clients={CLIENTS}",
@@ -242,9 +241,7 @@ ENGINES: dict[str, Callable[[int, Wait], list[float]]] = {"parts": parts, "ours"
 
 def start(engine: str, folder: Path) -> Sitting:
     """One start of an engine."""
-    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])
-    command = [sys.executable, "-m", "bench.flesd", engine]
-    return Sitting(engine, command, folder, {**os.environ, "PYTHONPATH": path})
+    return Sitting(engine, [sys.executable, "-m", "bench.flesd", engine], folder, with_this_checkout())
 
 
 def flesd() -> Result:

@@ -546,9 +546,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             held(args.work, f"--work {args.work}", advice),
             held(out.parent, f"--out {args.out}", advice, name=f".{out.name}.lock"),  # beside it: a kill leaves it
         ):
-            with contextlib.suppress(
-                ModuleNotFoundError
-            ):  # imported now: an interrupt in the midst of it is another error
+            # Imported now, because an interrupt in the midst of it is another error.
+            with contextlib.suppress(ModuleNotFoundError):
                 import fedssl.config  # noqa: F401
             acceptance = Acceptance(args)
             try:

@@ -88,7 +88,7 @@ def flowers_backend(workers: int) -> dict[str, Any]:
 
 def with_this_checkout() -> dict[str, str]:
     """The environment of processes that measure: they import this checkout, even where another one is installed."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT / "scripts"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
