@@ -188,7 +188,7 @@ def push_many(grid: RayGrid, action: str, **header: float | str) -> tuple[list[s
     warm_up(grid)
     batch = messages(grid, list(range(NUM_CLIENTS)) * 4)
     batch[0:1] = messages(grid, [0], action, **header)
-    grid._seconds.update(dict.fromkeys(grid._seconds, 0.001))
+    grid._seconds.update(dict.fromkeys(grid._seconds, 0.01))
     grid._seconds[1000, "train"] = 0.05  # so it starts first
     ids = grid.push_messages(batch)
     running, waiting = next(slot.calls for slot in grid._slots if 1000 in {task.node_id for task in slot.tasks})
@@ -230,6 +230,17 @@ def test_nobody_waits_for_what_waits_either(grid: RayGrid) -> None:
     assert [event.kind for event in grid.pop_events()][:1] == ["worker_stopped"]
     everyone = list(range(NUM_CLIENTS))
     assert facts(grid.send_and_receive(messages(grid, everyone)), "partition") == everyone
+
+
+def test_a_worker_takes_most_of_its_part_at_once(grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four fifths, so that few batches are sent and all workers end together; little is not sent ahead."""
+    warm_up(grid)
+    give, batches = grid._give, []
+    monkeypatch.setattr(grid, "_give", lambda slot, tasks: batches.append(len(tasks)) or give(slot, tasks))
+    grid._seconds.update(dict.fromkeys(grid._seconds, 0.002))
+    ids = grid.push_messages(messages(grid, list(range(NUM_CLIENTS)) * 4))
+    assert batches == [19, 19]  # of 24
+    assert len(pull_all(grid, ids)) == sum(batches) == 48
 
 
 def test_long_messages_do_not_wait_at_a_busy_worker(grid: RayGrid) -> None:
@@ -298,6 +309,11 @@ def test_large_records_are_broadcast_once_and_arrive_unharmed(grid: RayGrid, mon
         assert len(received.data) == len(record["w"].data)
         assert not isinstance(received.data, bytes)  # still in shared memory
     assert not any(slot.keys for slot in grid._slots)
+    unused = [set(slot.unused) for slot in grid._slots]
+    assert all(unused)
+    grid.send_and_receive(messages(grid, list(range(NUM_CLIENTS))))
+    for slot, keys in zip(grid._slots, unused, strict=True):
+        assert not keys & set(slot.unused)  # its next call freed them
 
 
 def test_memory_does_not_grow_over_rounds(grid: RayGrid) -> None:

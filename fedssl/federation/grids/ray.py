@@ -49,11 +49,10 @@ BROADCAST_BYTES = 1 << 16  # records from this size on go through the object sto
 ANSWER_SECONDS = 5.0  # a cluster that has not answered by then is not there
 START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
-BATCHES_PER_WORKER = 2  # a worker takes half of its share of the queue at once, so that all end together,
-SHORT_SECONDS = 0.01  # or all of its share up to this much work, because to send a batch costs some ms of CPU time
+SHARE = 0.8  # of its part of all work left, that a worker takes at once: so all end together, after few batches
+SHORT_SECONDS = 0.01  # it takes at least this much: a batch costs both sides some ms, whatever is in it
 OVERDUE = 3  # times batch_seconds
 KEPT = 4  # times batch_seconds: so long a worker adds up before it sends its sum, because that costs some ms as well
-AHEAD = 2  # messages a worker that must be left in the queue for a batch to wait at a busy one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,13 +405,21 @@ class _Worker:
         context = ray.get_runtime_context()
         return os.getpid(), f"{context.get_node_id()}/{context.get_accelerator_ids().get('GPU', [])}"
 
-    def work(self, batch: bytes, buffers: list[np.ndarray], broadcast: dict[int, Any], adding: _Adding | None) -> Any:
+    def work(
+        self,
+        batch: bytes,
+        buffers: list[np.ndarray],
+        broadcast: dict[int, Any],
+        unused: list[int],
+        adding: _Adding | None,
+    ) -> Any:
         """Answer a batch, maybe an empty one.
 
         Args:
             batch: jobs.
             buffers: of its large arrays.
             broadcast: what of it this worker has not seen, by reference where it is large.
+            unused: keys of broadcast records whose last message was answered.
             adding: the sum that the uploads go into.
         """
         import ray
@@ -420,6 +427,8 @@ class _Worker:
         from fedssl.federation.averaging import Sums, inner_loop
 
         assert self._app is not None
+        for key in unused:
+            self._broadcast.pop(key, None)
         for key, value in broadcast.items():
             self._broadcast[key] = flower_compat.loads(*(value if isinstance(value, tuple) else ray.get(value)))
         sums = None
@@ -442,11 +451,6 @@ class _Worker:
         added_up = self._sums.pop(adding[0]).all() if adding is not None and adding[2] else []
         data, views = flower_compat.dumps((results, added_up))
         return (data, views) if views else data  # plain bytes cost Ray least
-
-    def release(self, keys: list[int]) -> None:
-        """Free broadcast records whose last message was answered."""
-        for key in keys:
-            self._broadcast.pop(key, None)
 
     def drop(self, number: int) -> None:
         """Free a sum that nobody wants."""
@@ -506,6 +510,7 @@ class _Call:
     tasks: list[_Task]
     sum: _Sum | None = None  # that the uploads go into
     sends_sum: bool = False  # and which comes back with the replies
+    seconds: float = 0.0  # that its clients will probably take
     since: float = field(default_factory=time.monotonic)  # when it was given, or the one before it ended
 
 
@@ -519,6 +524,7 @@ class _Slot:
     pid: int = 0
     device: str = ""
     keys: set[int] = field(default_factory=set)  # broadcast records it holds
+    unused: list[int] = field(default_factory=list)  # others, which its next call frees
     sum: _Sum | None = None  # that its next uploads go into
     sums: list[_Sum] = field(default_factory=list)  # all that it has not sent
 
@@ -526,6 +532,12 @@ class _Slot:
     def tasks(self) -> list[_Task]:
         """All messages that it was given."""
         return [task for call in self.calls for task in call.tasks]
+
+    def left(self, now: float) -> float:
+        """Seconds of work that it probably still has."""
+        if not self.calls:
+            return 0.0
+        return max(0.0, sum(call.seconds for call in self.calls) - (now - self.calls[0].since))
 
 
 class RayGrid(LocalGrid):
@@ -659,7 +671,9 @@ class RayGrid(LocalGrid):
         return self._next_key
 
     def _release(self, tasks: Iterable[_Task]) -> None:
-        """These messages need their broadcast records no more; a record without users is freed everywhere."""
+        """These messages need their broadcast records no more; one without users is freed, at each worker by its next
+        call: one for that alone would delay every round's end.
+        """
         unused = []
         for key in (key for task in tasks for key in task.keys):
             self._users[key] -= 1
@@ -667,9 +681,9 @@ class RayGrid(LocalGrid):
                 del self._users[key], self._broadcast[key]
                 unused.append(key)
         for slot in self._slots if unused else ():
-            if held := slot.keys.intersection(unused):
-                slot.keys -= held
-                slot.actor.release.remote(list(held))
+            held = slot.keys.intersection(unused)
+            slot.keys -= held
+            slot.unused += held
 
     # --- work
 
@@ -680,26 +694,39 @@ class RayGrid(LocalGrid):
     def _dispatch(self) -> None:
         """Give idle workers work, first where fewest workers share the device; then what busy ones find when they end.
 
-        Only what should be short waits at a worker, behind what should be, and only while there is more for everybody.
-        The second of two messages to one node has the state from before the first if both are under way.
+        Only what should be short waits at a worker, behind what should be, and not what is little: it had better go to
+        whoever is idle first. The second of two messages to one node has the state from before the first if both are
+        under way.
         """
+        now = time.monotonic()
         idle = [slot for slot in self._slots if not slot.calls]
         if idle and not self._queue:
             self._take_back()
-        busy = Counter(slot.device for slot in self._slots if slot.tasks) if idle and self._queue else Counter()
+        if not self._queue:
+            part, busy = 0.0, Counter[str]()
+        else:
+            queued = len(self._queue) * self._expected(self._queue[len(self._queue) // 2])
+            part = SHARE * (queued + sum(slot.left(now) for slot in self._slots)) / len(self._slots)
+            busy = Counter(slot.device for slot in self._slots if slot.tasks)
         while idle and self._queue:
             slot = min(idle, key=lambda slot: busy[slot.device])
             idle.remove(slot)
             busy[slot.device] += 1
-            self._give(slot, self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1))))
+            self._give(slot, self._next_batch(math.ceil(len(self._queue) / (len(idle) + 1)), part))
         for slot in idle:  # and nothing is left for it
             if slot.sum is not None:
                 self._give(slot, [])
         for slot in self._slots:
-            if len(self._queue) <= AHEAD * len(self._slots):
+            if not self._queue:
                 break
-            if slot.loaded and len(slot.calls) == 1 and self._is_short(slot):
-                self._give(slot, self._next_batch(len(self._queue)))
+            more = part - slot.left(now)
+            if (
+                slot.loaded
+                and len(slot.calls) == 1
+                and more >= self._settings.batch_seconds / 2
+                and self._is_short(slot)
+            ):
+                self._give(slot, self._next_batch(len(self._queue), more))
 
     def _take_back(self) -> None:
         """What waits behind a call that takes far longer than it should is for others, which are idle.
@@ -736,8 +763,9 @@ class RayGrid(LocalGrid):
         slot.keys |= unseen
         data, views = flower_compat.dumps(batch)
         broadcast = {key: self._broadcast[key] for key in unseen}
-        reference = slot.actor.work.remote(data, views, broadcast, adding)
-        slot.calls.append(_Call(reference, tasks, added_up, sends_sum))
+        unused, slot.unused = slot.unused, []
+        reference = slot.actor.work.remote(data, views, broadcast, unused, adding)
+        slot.calls.append(_Call(reference, tasks, added_up, sends_sum, sum(map(self._expected, tasks))))
 
     def _sum_for(self, slot: _Slot, tasks: list[_Task]) -> _Sum | None:
         """Where the uploads of this batch are added: to the sum that the worker has begun, or to a new one.
@@ -769,16 +797,15 @@ class RayGrid(LocalGrid):
         self._run_again(task for task, *_ in replies)
         slot.actor.drop.remote(added_up.number)
 
-    def _next_batch(self, share: int) -> list[_Task]:
-        """Tasks from the head of the queue: one, or several short ones within `batch_seconds`, at most `share`."""
-        part = len(self._queue) / (BATCHES_PER_WORKER * len(self._slots))
+    def _next_batch(self, most: int, seconds: float) -> list[_Task]:
+        """Tasks from the head of the queue: one, or at most so many short ones, within `seconds` or `SHORT_SECONDS` of
+        work, and within `batch_seconds`.
+        """
+        limit = min(self._settings.batch_seconds, max(seconds, SHORT_SECONDS))
         batch = [self._queue.popleft()]
         work = self._expected(batch[0])
-        while self._queue and len(batch) < share and not (batch[0].alone or self._queue[0].alone):
+        while self._queue and len(batch) < most and not (batch[0].alone or self._queue[0].alone):
             more = self._expected(self._queue[0])
-            limit = self._settings.batch_seconds
-            if len(batch) >= part:
-                limit = min(limit, SHORT_SECONDS)
             if not (work and more) or work + more > limit:  # an unknown client travels alone
                 break
             work += more
