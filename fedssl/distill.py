@@ -43,6 +43,7 @@ rounds:
 
 import math
 import time
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ from fedssl.losses import (
     nt_xent,
     reverse_kl_divergence,
 )
-from fedssl.models import Model, feature_dim, move_average
+from fedssl.models import Model, draws_globally, feature_dim, move_average
 from fedssl.models.compiled import Step, compiled, plain
 from fedssl.seeding import generator, seeded_init
 from fedssl.train import Optimisation
@@ -524,8 +525,8 @@ def distill(
     """
     started = time.perf_counter()
     epochs = []
-    # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
-    with seeded_init(seed, "distillation dropout", round_num):
+    with ExitStack() as stack:
+        stack.enter_context(seeded_init(seed, "distillation dropout", round_num))
         distiller = Distiller(
             student,
             target,
@@ -540,6 +541,8 @@ def distill(
             cuda_graphs=cuda_graphs,
             reference=reference,
         )
+        if device.type == "cpu" and not draws_globally(student, images.pixels.shape[-1]):
+            stack.close()  # so that other students can learn at the same time
         with compiled(compile_mode, device, *distiller.networks) as inside:
             for epoch in range(distillation.epochs):
                 measures = distiller.epoch(epoch, inside)

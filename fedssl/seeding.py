@@ -3,12 +3,14 @@
 import hashlib
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+GLOBAL_GENERATORS = threading.RLock()  # one thread at a time
 MT19937_START, MT19937_WORDS = 24, 624  # bytes before its words in a generator's state; words of 32 bits, kept in 64
 
 
@@ -53,10 +55,11 @@ def numpy_generator(seed: int, purpose: str, round_num: int = 0, partition_id: i
 def seeded_init(seed: int, purpose: str, round_num: int = 0, partition_id: int = 0) -> Iterator[None]:
     """Inside, torch's global generators are seeded (layers and dropout use them); the CPU's is untouched outside.
 
+    Of several threads one is inside at a time, for all have the same generators.
     `torch.manual_seed` would format a stack trace for a CUDA that has not started, 1 ms each time.
     """
     derived = derive_seed(seed, purpose, round_num, partition_id)
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(derived)

@@ -91,14 +91,17 @@ class FedDF(Teachers):
             self.distillation.target_temperature,
             [upload.num_images for upload in uploads],
         )
-        students = {}
-        metrics = {"teacher_passes": float(len(uploads) * target.num_samples)}
-        for family in self.server.families:
-            student = self.server.load(self._average(family, uploads), family)
+        averages = {family: self._average(family, uploads) for family in self.server.families}
+
+        def distil(family: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+            student = self.server.load(averages[family], family)
             learned = self.server.distill(student, target, self.distillation, family=family, round_num=server_round)
-            students[family] = model_state(student)
-            metrics |= {f"{family}/{name}": value for name, value in learned.items()}
-        return to_arrays(students), to_metrics(metrics)
+            return model_state(student), {f"{family}/{name}": value for name, value in learned.items()}
+
+        distilled = self.server.each_family(distil)
+        metrics = {"teacher_passes": float(len(uploads) * target.num_samples)}
+        metrics |= {name: value for _, learned in distilled.values() for name, value in learned.items()}
+        return to_arrays({family: state for family, (state, _) in distilled.items()}), to_metrics(metrics)
 
     def _average(self, family: str, uploads: Sequence[Upload]) -> ArrayRecord:
         """The mean of the family's clients; where nobody answered, its weights as they were."""

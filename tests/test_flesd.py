@@ -1,18 +1,23 @@
 """FLESD's switches: families without clients, what comes down, where students start, what each client trains with."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from flwr.app import ConfigRecord
+from torch import Tensor
 
 from fedssl.config import conf_dir
+from fedssl.distill import Distiller
 from fedssl.errors import ConfigError
 from fedssl.federation import simulation
 from fedssl.federation.client import own_model
+from fedssl.federation.grids.in_process import torch_threads
 from fedssl.federation.records import family_state, model_state
 from fedssl.federation.setup import Setup
 from fedssl.federation.simulation import build_strategy
@@ -23,6 +28,7 @@ from fedssl.similarity import Similarity
 from strategies.flesd import FLESD
 from tests.federation_helpers import (
     FAMILIES,
+    Tiny,
     assert_same,
     final_arrays,
     first_round,
@@ -301,6 +307,35 @@ def test_an_unknown_embedding(strategy: str) -> None:
 def test_an_unknown_downlink(strategy: str) -> None:
     with pytest.raises(ConfigError, match=r"downlink must be one of weights, similarity, none, got 'all'"):
         Setup(small(None, f"strategy={strategy}", "downlink=all")).check()
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_students_that_learn_at_once_learn_the_same(
+    dropout: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where they draw from torch's one global generator, which lets one thread in at a time."""
+    threads_of: dict[int, set[int]] = {1: set(), 2: set()}
+    step, forward = Distiller.step, Tiny.forward
+
+    def noted(self: Distiller, rows: Tensor) -> dict[str, Tensor]:
+        threads_of[threads].add(threading.get_ident())
+        return step(self, rows)
+
+    monkeypatch.setattr(Distiller, "step", noted)
+    if dropout:
+        monkeypatch.setattr(Tiny, "forward", lambda self, x: F.dropout(forward(self, x), 0.5, self.training))
+    learned = []
+    for threads in (1, 2):
+        _, strategy, _, replies = first_round(small(None, "strategy=flesd"), tmp_path / str(threads))
+        with torch_threads(threads):
+            arrays, metrics = strategy.aggregate_train(1, replies)
+        assert arrays is not None
+        assert metrics is not None
+        learned.append((numpy_of(arrays), without_clock(metrics)))
+    assert threads_of[1] == {threading.get_ident()}
+    assert len(threads_of[2]) == 2
+    assert equal(learned[0][0], learned[1][0])
+    assert learned[0][1] == learned[1][1]
 
 
 # --- where students start ---

@@ -343,7 +343,7 @@ def _open_grid(setup: Setup, run_dir: Path) -> Iterator[Grid]:
 
 def _simulate(setup: Setup, strategy: Strategy, run_dir: Path, deployed: DeployedGrid | None) -> dict[str, Any]:
     """From the newest checkpoint, or the start, to the summary; a run that is killed on the way has none."""
-    keep_memory()  # for the server's distillation and probes, and for clients in this process
+    keep_memory(of_threads=True)  # for the server's distillation and probes, and for clients in this process
     checkpoints = _checkpoints(setup, run_dir)
     state: State | None = None
     if rounds := checkpoints.rounds():

@@ -4,11 +4,13 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedssl.errors import ConfigError
 
@@ -165,6 +167,28 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
             f"{got}. Pool in its forward, or for a timm model set num_classes: 0 in its entry under `models`."
         )
     return features.shape[1]
+
+
+def draws_globally(model: Model, image_size: int) -> bool:
+    """Whether the model in train mode, dropout say, draws from torch's global generators: one dry pass of a copy."""
+    copied = copy.deepcopy(model).train()
+    anchor = next(copied.parameters())
+    noted = _GlobalDraws()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), noted:
+        copied(torch.zeros(2, 3, image_size, image_size, device=anchor.device, dtype=anchor.dtype))
+    return noted.found
+
+
+class _GlobalDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an operation inside draws from a global generator."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        own = any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values()))
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags and not own
+        return func(*args, **kwargs)
 
 
 def num_parameters(module: nn.Module) -> int:
