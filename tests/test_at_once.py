@@ -1,5 +1,8 @@
+import os
+import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -39,21 +42,42 @@ def test_keeps_the_order_whoever_is_first_and_runs_as_many_as_there_are_threads(
     assert max(most) == 2
 
 
+def wait(begun: list[int]) -> None:
+    """For a minute, a moment at a time."""
+    begun.append(1)
+    with seeded_init(0, "test"):
+        for _ in range(6000):
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_is_the_caller_s_and_nothing_begins_after_it(threads: int) -> None:
+def test_an_error_is_the_caller_s_and_ends_the_others(threads: int) -> None:
     begun: list[int] = []
 
     def fail() -> None:
-        begun.append(0)
+        time.sleep(0.1)
         raise ValueError("this one")
 
-    def wait() -> None:
-        begun.append(1)
-        time.sleep(0.1)
-
+    started, before = time.monotonic(), torch.get_rng_state()
     with torch_threads(threads), pytest.raises(ValueError, match="this one"):
-        at_once([fail, *[wait] * 5])
-    assert len(begun) <= threads
+        at_once([fail, *[partial(wait, begun)] * 5])
+    assert len(begun) == threads - 1
+    assert time.monotonic() - started < 10
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_interrupt_ends_all_of_them() -> None:
+    begun: list[int] = []
+    timer = threading.Timer(0.3, partial(os.kill, os.getpid(), signal.SIGINT))
+    threads = threading.active_count()
+    started = time.monotonic()
+    timer.start()
+    with torch_threads(2), pytest.raises(KeyboardInterrupt):
+        at_once([partial(wait, begun)] * 3)
+    timer.join()
+    assert begun  # at least one, inside `seeded_init`, and maybe one that waited for it
+    assert threading.active_count() == threads
+    assert time.monotonic() - started < 10
 
 
 def test_alone_it_has_all_threads() -> None:
