@@ -18,7 +18,7 @@ from fedssl.config import compose, instantiate
 from fedssl.errors import FedSSLError
 from fedssl.federation import flower_compat
 from fedssl.federation.arrays import to_record
-from fedssl.federation.averaging import ExactSum, Summation, Sums, mean_of
+from fedssl.federation.averaging import Adder, ExactSum, Summation, mean_of
 from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.per_family import SEE_UPLOADS, Averaging
 from fedssl.federation.records import Header, Upload, num_bytes
@@ -76,7 +76,7 @@ def exchange(sent: Upload) -> tuple[Message, Message]:
 
 def add_up(exchanged: Sequence[tuple[int, Message, Message]], summation: Summation = SUMMATION) -> None:
     """Leave these replies as somebody does who adds up all that he can."""
-    sums = Sums(summation)
+    sums = Adder(summation)
     for one in exchanged:
         sums.take(*one)
     replies = {partition: reply for partition, _, reply in exchanged}
@@ -167,14 +167,14 @@ def test_every_kind_of_array_is_rounded_to_the_spacing(dtype: str) -> None:
 def taken(sent: Upload, *, of: int | None = None, summation: Summation = SUMMATION) -> Message:
     """What the client sent, `of` somebody else, when it has been looked at."""
     message, reply = exchange(sent)
-    Sums(summation).take(sent.header.partition_id if of is None else of, message, reply)
+    Adder(summation).take(sent.header.partition_id if of is None else of, message, reply)
     return reply
 
 
 def test_a_reply_that_was_added_keeps_all_but_its_weights() -> None:
     exchanged = [(p, *exchange(upload(p, weights(p)))) for p in (0, 1)]
     sizes = [num_bytes(reply) for *_, reply in exchanged]
-    sums = Sums(SUMMATION)
+    sums = Adder(SUMMATION)
     for one in exchanged:
         sums.take(*one)
     assert [Upload.from_message(reply) for *_, reply in exchanged] == [
@@ -270,10 +270,10 @@ def test_other_weights_stay_whole(arrays: dict[str, np.ndarray]) -> None:
 def test_errors_and_what_answers_no_weights_are_left_alone() -> None:
     message, reply = exchange(upload(1, weights(1)))
     failed = flower_compat.error_reply(message, flower_compat.CLIENT_RAISED, "ValueError")
-    Sums(SUMMATION).take(1, message, failed)
+    Adder(SUMMATION).take(1, message, failed)
     assert failed.error.reason == "ValueError"
     del message.content["arrays"]
-    Sums(SUMMATION).take(1, message, reply)
+    Adder(SUMMATION).take(1, message, reply)
     assert noted_sum(reply) is None
 
 

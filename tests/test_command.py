@@ -757,7 +757,8 @@ def test_jobs_at_once_share_the_machine(
 @pytest.mark.ray
 def test_ray_finds_the_cores_of_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(3)))
-    code = "from fedssl.federation.grids.ray import start_ray\nprint(start_ray(None, None).cluster_resources()['CPU'])"
+    module = "fedssl.federation.grids.ray_runtime"
+    code = f"from {module} import start_ray\nprint(start_ray(None, None).cluster_resources()['CPU'])"
     share = shares_of_machine(1)[0]
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=share, capture_output=True, text=True, check=False

@@ -24,7 +24,8 @@ from fedssl.federation.averaging import Summation, mean_of
 from fedssl.federation.grids import ray as ray_grid
 from fedssl.federation.grids.base import LocalGrid
 from fedssl.federation.grids.in_process import InProcessGrid
-from fedssl.federation.grids.ray import Placement, Ray, RayGrid, open_grids
+from fedssl.federation.grids.ray import Placement, Ray, RayGrid
+from fedssl.federation.grids.ray_runtime import open_grids
 from fedssl.federation.records import Upload, num_bytes
 from fedssl.federation.roster import Member, introduce
 from fedssl.federation.rounds import Gathered, gather
@@ -471,7 +472,7 @@ def test_a_worker_of_which_a_batch_was_taken_adds_up_anew(uploading: RayGrid, mo
 def test_a_batch_for_a_sum_that_an_overdue_one_goes_into_stays(uploading: RayGrid, same: bool) -> None:
     """Otherwise that sum would be given up, and whoever is overdue would run twice."""
     tasks = [ray_grid._Task(message, {}, ()) for message in to_everybody(uploading)[:2]]
-    sums = [ray_grid._Sum(1, 1), ray_grid._Sum(2, 1)]
+    sums = [ray_grid._OpenSum(1, 1), ray_grid._OpenSum(2, 1)]
     calls = [ray_grid._Call(None, [tasks[0]], sums[0], since=0.0), ray_grid._Call(None, [tasks[1]], sums[not same])]
     given_up: list[Any] = []
     grid: Any = SimpleNamespace(

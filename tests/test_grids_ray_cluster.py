@@ -18,7 +18,8 @@ import pytest
 import fedssl
 from fedssl.errors import ConfigError
 from fedssl.federation.client import Broadcast, Client
-from fedssl.federation.grids.ray import Placement, Ray, RayGrid, start_ray
+from fedssl.federation.grids.ray import Placement, Ray, RayGrid
+from fedssl.federation.grids.ray_runtime import start_ray
 from fedssl.federation.records import Upload
 from tests import grid_apps
 from tests.federation_helpers import assert_same, final_arrays, rows, small

@@ -152,7 +152,7 @@ def inner_loop() -> Callable[..., None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sum:
+class PartialSum:
     """Weights of one family that were added up.
 
     Args:
@@ -169,7 +169,7 @@ class Sum:
         reply.content["arrays"] = self.arrays
 
 
-class Sums:
+class Adder:
     """Takes weights out of replies and adds them up by family, where they are exactly what was asked for."""
 
     def __init__(self, summation: Summation) -> None:
@@ -211,10 +211,10 @@ class Sums:
         note_sum(reply, Summed(num_bytes=num_bytes(reply)))
         reply.content["arrays"] = ArrayRecord()
 
-    def all(self) -> list[Sum]:
+    def all(self) -> list[PartialSum]:
         """One a family."""
         return [
-            Sum(partitions=tuple(self._partitions[family]), arrays=to_record(exact.total))
+            PartialSum(partitions=tuple(self._partitions[family]), arrays=to_record(exact.total))
             for family, exact in self._of.items()
         ]
 

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedssl.errors import PayloadError, TooFewRepliesError
-from fedssl.federation.averaging import Summation, Sums
+from fedssl.federation.averaging import Adder, Summation
 from fedssl.federation.checkpoint import Checkpoints, Progressed
 from fedssl.federation.flower_compat import noted_sum
 from fedssl.federation.records import Upload, family_values, load_state, num_bytes
@@ -116,7 +116,7 @@ def gather(
             sizes[id(message.content)] = num_bytes(message)
         gathered.downlink_bytes += sizes[id(message.content)]
     usable: dict[int, Message] = {}
-    sums = None if summation is None else Sums(summation)
+    adder = None if summation is None else Adder(summation)
 
     def arrived(member: Member, sent: Message, reply: Message) -> bool:
         """Sort one reply in; whether it is usable."""
@@ -142,9 +142,9 @@ def gather(
         return True
 
     def add_up(member: Member, sent: Message, reply: Message) -> None:
-        if sums is not None:
+        if adder is not None:
             noted = noted_sum(reply)
-            sums.take(member.partition_id, sent, reply)
+            adder.take(member.partition_id, sent, reply)
             if noted_sum(reply) is not noted:
                 check(reply)  # what the strategy keeps of it is without weights now
 
@@ -186,7 +186,7 @@ def gather(
         for node_id in event.node_ids:
             partition = members[node_id].partition_id
             gathered.failures.append(Failure(partition=partition, kind=event.kind, reason=event.reason))
-    for added_up in sums.all() if sums is not None else ():
+    for added_up in adder.all() if adder is not None else ():
         added_up.put_into(usable[added_up.partitions[0]])
     gathered.failures.sort(key=lambda failure: failure.partition)
     gathered.replies = [usable[partition] for partition in sorted(usable)]

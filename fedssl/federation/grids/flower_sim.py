@@ -30,8 +30,10 @@ from flwr.supercore.run import Run
 
 from fedssl.errors import BrokenProcessError, ConfigError, FedSSLError
 from fedssl.federation import flower_compat
-from fedssl.federation.grids import ray as our_ray
 from fedssl.federation.grids.base import App, GridEvent, answer
+from fedssl.federation.grids.ray import Ray
+from fedssl.federation.grids.ray_runtime import open_grids, start_own_ray
+from fedssl.federation.grids.ray_worker import Surroundings
 
 POLL_SECONDS = 0.1  # the engine's own waits are as long
 NEVER = 1e9  # seconds to live of a message: `timeout` is what limits a round
@@ -67,8 +69,8 @@ class FlowerSim:
             )
 
     @property
-    def _as_ray(self) -> our_ray.Ray:
-        return our_ray.Ray(**vars(self), max_clients_per_gpu=1, gpu_memory_share=1.0, address=None, batch_seconds=0.0)
+    def _as_ray(self) -> Ray:
+        return Ray(**vars(self), max_clients_per_gpu=1, gpu_memory_share=1.0, address=None, batch_seconds=0.0)
 
     def open(self, load_app: Callable[[], App], *, num_clients: int, threads: int, device: str) -> "FlowerSimGrid":
         """Start Ray and the engine, and wait until all nodes are registered.
@@ -79,7 +81,7 @@ class FlowerSim:
             threads: torch threads of a worker.
             device: "cuda": workers own GPUs, or ConfigError; "cpu": they see none; "auto": GPUs where Ray has any.
         """
-        ray = our_ray.start_own_ray(self.gpus)
+        ray = start_own_ray(self.gpus)
         from ray import cloudpickle
 
         (node,) = (node["Resources"] for node in ray.nodes() if node["Alive"])
@@ -88,7 +90,7 @@ class FlowerSim:
         app = _ClientApp(
             key=uuid4().hex,
             load_app=cloudpickle.dumps(load_app),  # type: ignore[no-untyped-call]
-            surroundings=our_ray.Surroundings.of_this_process(see_gpus=placement.num_gpus > 0),
+            surroundings=Surroundings.of_this_process(see_gpus=placement.num_gpus > 0),
             threads=threads,
             desk=_Desk(tempfile.mkdtemp(prefix="fedssl-flower-")),
         )
@@ -154,7 +156,7 @@ class _ClientApp:
 
     key: str
     load_app: bytes = field(repr=False)
-    surroundings: our_ray.Surroundings
+    surroundings: Surroundings
     threads: int
     desk: _Desk
 
@@ -206,7 +208,7 @@ class FlowerSimGrid(Grid):
             target=self._simulate, args=(app, num_clients, resources), name="flower simulation", daemon=True
         )
         self._engine.start()
-        our_ray.open_grids.add(self)
+        open_grids.add(self)
         try:
             self._grid = self._handed.get()
             while len(self.get_node_ids()) < num_clients:  # the server app starts before the nodes are there
@@ -327,7 +329,7 @@ class FlowerSimGrid(Grid):
         if self._closed:
             return
         self._closed = True
-        our_ray.open_grids.discard(self)
+        open_grids.discard(self)
         self._finished.set()
         self._desk.drop(self._waiting)  # the engine waits for what runs
         self._engine.join()

@@ -13,40 +13,33 @@ whose client leaves it unable to compute (`BrokenProcessError`) is ended, and th
 Everything happens in the caller's thread, while it pulls: there is no background thread to race with.
 """
 
-import gc
 import logging
 import math
-import os
 import re
-import sys
 import time
-import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedssl.environment import keep_memory
 from fedssl.errors import BrokenProcessError, ConfigError, FedSSLError
 from fedssl.federation import flower_compat
-from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, answer, node_config, reason_of
+from fedssl.federation.grids.base import FIRST_NODE_ID, App, GridEvent, LocalGrid, reason_of
+from fedssl.federation.grids.ray_runtime import open_grids, start_ray
+from fedssl.federation.grids.ray_worker import Job, Result, Surroundings, Worker
 from fedssl.federation.roster import known_members
 
 if TYPE_CHECKING:
-    from fedssl.federation.averaging import Summation  # and so torch, which a worker imports once it knows its GPUs
+    from fedssl.federation.averaging import Summation  # and so torch, which Flower's workers import once they see GPUs
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
 SHARES = 10_000  # of a GPU that Ray counts
 BROADCAST_BYTES = 1 << 16  # records from this size on go through the object store once, not with every message
-ANSWER_SECONDS = 5.0  # a cluster that has not answered by then is not there
 START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
 SHARE = 0.8  # of its part of all work left, that a worker takes at once: so all end together, after few batches
@@ -234,238 +227,12 @@ def fitting(free: float, peak: float, *, share: float, most: int) -> int:
     return max(1, min(most, math.floor(min(share * free, free - peak) / peak)))
 
 
-# --- Ray itself ------------------------------------------------------------------------------------------------------
-
-# Nobody asks our own Ray for its tasks' histories or its metrics, and workers and daemons spend the cores on them.
-QUIET = {"RAY_task_events_report_interval_ms": "0", "RAY_enable_metrics_collection": "false"}
-
-_started: tuple[str | None, int | None] | None = None  # the Ray that this module started: address and gpus
-open_grids: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def start_ray(address: str | None, gpus: int | None) -> Any:
-    """The module `ray`, initialised. One Ray serves all grids of the process; it ends with the process.
-
-    A Ray that the caller initialised before is used as it is.
-    """
-    global _started
-    import ray
-
-    if ray.is_initialized():
-        if _started is None or _started == (address, gpus):
-            return ray
-        if open_grids:
-            raise ConfigError(
-                f"this process already runs a Ray with grid.address={_started[0]}, grid.gpus={_started[1]}; "
-                f"close its grids before opening one with grid.address={address}, grid.gpus={gpus}."
-            )
-        ray.shutdown()
-    with _environment(
-        PYTHONPATH=os.pathsep.join(path or str(os.getcwd()) for path in sys.path),  # noqa: PTH109
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # the coming default; `_Worker` hides GPUs from CPU workers itself
-        **QUIET,
-    ):
-        if address is None:
-            ray.init(
-                address="local",  # never join a Ray that happens to run on this machine
-                num_gpus=gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            node: Any = ray._private.worker._global_node
-            node.kill_log_monitor(check_alive=False)  # it serves `log_to_driver` alone
-        else:
-            _join(ray, address)
-    ray._private.worker._worker_logs_enabled = False  # a worker's death is an event of the grid, not a print
-    _started = (address, gpus)
-    return ray
-
-
-def _join(ray: Any, address: str) -> None:
-    """Connect to a running cluster.
-
-    Left alone with an address where nobody answers, Ray tries for 70 s and then ends the process.
-
-    Raises:
-        ConfigError: there is none, or this process cannot join it.
-    """
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-
-    advice = (
-        "Start one with `ray start --head`, which prints its address, join this machine to it with `ray start "
-        "--address=...`, or leave grid.address null for a fresh Ray on this machine."
-    )
-    try:
-        found = canonicalize_bootstrap_address_or_die(address)
-        channel = init_grpc_channel(found, [("grpc.enable_http_proxy", 0)])
-        try:
-            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
-        finally:
-            channel.close()
-    except (OSError, grpc.FutureTimeoutError) as error:
-        why = f" within {ANSWER_SECONDS:g} s" if isinstance(error, grpc.FutureTimeoutError) else ""
-        raise ConfigError(f"grid.address={address}, but no Ray cluster answers there{why}. {advice}") from error
-    try:
-        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError) as error:  # not a cluster, another version of Ray or Python, a machine outside it
-        why = str(error.__cause__ or error).partition(" Last connection error")[0].strip().removesuffix(".")
-        raise ConfigError(
-            f"grid.address={address} answers, but this process cannot join it: {why}. {advice}"
-        ) from error
-
-
-def start_own_ray(gpus: int | None) -> Any:
-    """The module `ray`, initialised on this machine for somebody who will shut it down."""
-    import ray
-
-    if open_grids or (ray.is_initialized() and _started is None):
-        raise ConfigError(
-            "grid=flower_sim ends the Ray that it ran on, and this process uses one already: close its grids (or call "
-            "ray.shutdown()) first, or use grid=ray."
-        )
-    return start_ray(None, gpus)
-
-
-@contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
-    """Environment variables for the processes that are started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    _set_environment(values)
-    try:
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-# --- the worker's side -----------------------------------------------------------------------------------------------
-
-# What crosses between driver and worker. `records` holds a record, or the key of a broadcast one.
-_Job = tuple[Metadata, dict[str, Any], RecordDict | None]  # metadata, records, Context.state
-_Result = tuple[Message, RecordDict | None, float]  # reply, Context.state, seconds
-_Adding = tuple[int, int, bool]  # which sum, the key of its summation, whether it is to be sent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What a worker shares with the driver: where modules and files are found, and whether it sees GPUs."""
-
-    path: list[str]
-    directory: str
-    see_gpus: bool
-
-    @classmethod
-    def of_this_process(cls, *, see_gpus: bool) -> "Surroundings":
-        """Those of the driver."""
-        path = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109
-        return cls(path=path, directory=os.getcwd(), see_gpus=see_gpus)  # noqa: PTH109
-
-    def enter(self) -> None:
-        """Make them this process's own; before it loads an app."""
-        sys.path[:] = [*self.path, *(entry for entry in sys.path if entry not in self.path)]
-        if Path(self.directory).is_dir():  # another machine of a cluster may not have it
-            os.chdir(self.directory)
-        if not self.see_gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        flower_compat.identify_process()
-        keep_memory()
-
-
-class _Worker:
-    """Runs in an actor: holds the app, answers batches of messages."""
-
-    def __init__(self, surroundings: Surroundings, num_partitions: int, threads: int) -> None:
-        surroundings.enter()
-        self._num_partitions = num_partitions
-        self._threads = threads
-        self._broadcast: dict[int, Any] = {}
-        self._sums: dict[int, Any] = {}  # by the driver's number
-        self._app: App | None = None
-
-    def load(self, load_app: bytes) -> tuple[int, str]:
-        """Load the app; returns the process id and the name of the device this worker owns."""
-        import ray
-        import torch
-        from ray import cloudpickle
-
-        torch.set_num_threads(self._threads)
-        self._app = cloudpickle.loads(load_app)()
-        gc.freeze()  # what is loaded now stays; the collector need not look at it again
-        context = ray.get_runtime_context()
-        return os.getpid(), f"{context.get_node_id()}/{context.get_accelerator_ids().get('GPU', [])}"
-
-    def work(
-        self,
-        batch: bytes,
-        buffers: list[np.ndarray],
-        broadcast: dict[int, Any],
-        unused: list[int],
-        adding: _Adding | None,
-    ) -> Any:
-        """Answer a batch, maybe an empty one.
-
-        Args:
-            batch: jobs.
-            buffers: of its large arrays.
-            broadcast: what of it this worker has not seen, by reference where it is large.
-            unused: keys of broadcast records whose last message was answered.
-            adding: the sum that the uploads go into.
-        """
-        import ray
-
-        from fedssl.federation.averaging import Sums, inner_loop
-
-        assert self._app is not None
-        for key in unused:
-            self._broadcast.pop(key, None)
-        for key, value in broadcast.items():
-            self._broadcast[key] = flower_compat.loads(*(value if isinstance(value, tuple) else ray.get(value)))
-        sums = None
-        if adding is not None:
-            number, summation_key, _ = adding
-            if number not in self._sums:
-                inner_loop()  # here, where it is no client's time
-                self._sums[number] = Sums(self._broadcast[summation_key])
-            sums = self._sums[number]
-        results: list[_Result] = []
-        for metadata, records, state in flower_compat.loads(batch, buffers):
-            content = RecordDict({n: self._broadcast[r] if isinstance(r, int) else r for n, r in records.items()})
-            message = flower_compat.rebuild(metadata, content)
-            config = node_config(metadata.dst_node_id, self._num_partitions)
-            started = time.perf_counter()
-            reply, state = answer(self._app, message, config, state)
-            if sums is not None:
-                sums.take(config["partition-id"], message, reply)
-            results.append((reply, state, time.perf_counter() - started))
-        added_up = self._sums.pop(adding[0]).all() if adding is not None and adding[2] else []
-        data, views = flower_compat.dumps((results, added_up))
-        return (data, views) if views else data  # plain bytes cost Ray least
-
-    def drop(self, number: int) -> None:
-        """Free a sum that nobody wants."""
-        self._sums.pop(number, None)
-
-
-# --- the driver's side -----------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False, slots=True)
 class _Task:
     """A message on its way."""
 
     message: Message
-    records: dict[str, Any]  # as in `_Job`
+    records: dict[str, Any]  # as in `Job`
     keys: tuple[int, ...]  # of its broadcast records and of the summation
     family: str | None = None  # of the client, where it has said so
     summation_key: int | None = None  # where its reply may be added up with others
@@ -492,7 +259,7 @@ class _Task:
 
 
 @dataclass(eq=False, slots=True)
-class _Sum:
+class _OpenSum:
     """Uploads that a worker adds up; their replies are handed out when the sum has come."""
 
     number: int
@@ -508,7 +275,7 @@ class _Call:
 
     reference: Any  # what to wait for
     tasks: list[_Task]
-    sum: _Sum | None = None  # that the uploads go into
+    sum: _OpenSum | None = None  # that the uploads go into
     sends_sum: bool = False  # and which comes back with the replies
     seconds: float = 0.0  # that its clients will probably take
     since: float = field(default_factory=time.monotonic)  # when it was given, or the one before it ended
@@ -525,8 +292,8 @@ class _Slot:
     device: str = ""
     keys: set[int] = field(default_factory=set)  # broadcast records it holds
     unused: list[int] = field(default_factory=list)  # others, which its next call frees
-    sum: _Sum | None = None  # that its next uploads go into
-    sums: list[_Sum] = field(default_factory=list)  # all that it has not sent
+    sum: _OpenSum | None = None  # that its next uploads go into
+    sums: list[_OpenSum] = field(default_factory=list)  # all that it has not sent
 
     @property
     def tasks(self) -> list[_Task]:
@@ -554,7 +321,7 @@ class RayGrid(LocalGrid):
         self._settings = settings
         self.placement = placement
         self.gpu_memory: dict[str, Any] | None = None  # what `clients_per_gpu` was measured by, for the manifest
-        actor_class = ray.remote(_Worker).options(
+        actor_class = ray.remote(Worker).options(
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
             max_restarts=0,
@@ -753,7 +520,7 @@ class RayGrid(LocalGrid):
 
     def _give(self, slot: _Slot, tasks: list[_Task]) -> None:
         """Send a worker these messages, and the broadcast records it lacks; the last ones bring its sum back."""
-        batch: list[_Job] = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in tasks]
+        batch: list[Job] = [(task.message.metadata, task.records, self._states.get(task.node_id)) for task in tasks]
         added_up, adding, sends_sum = self._sum_for(slot, tasks), None, False
         if added_up is not None:
             sends_sum = not self._queue or added_up.seconds > KEPT * self._settings.batch_seconds
@@ -767,7 +534,7 @@ class RayGrid(LocalGrid):
         reference = slot.actor.work.remote(data, views, broadcast, unused, adding)
         slot.calls.append(_Call(reference, tasks, added_up, sends_sum, sum(map(self._expected, tasks))))
 
-    def _sum_for(self, slot: _Slot, tasks: list[_Task]) -> _Sum | None:
+    def _sum_for(self, slot: _Slot, tasks: list[_Task]) -> _OpenSum | None:
         """Where the uploads of this batch are added: to the sum that the worker has begun, or to a new one.
 
         None where an upload is to come whole: of a client that takes long, as far as known, or is suspected.
@@ -783,12 +550,12 @@ class RayGrid(LocalGrid):
             return None
         if slot.sum is None:
             self._next_key += 1
-            slot.sum = _Sum(self._next_key, key)
+            slot.sum = _OpenSum(self._next_key, key)
             slot.sums.append(slot.sum)
         slot.sum.seconds += sum(seconds)
         return slot.sum
 
-    def _drop(self, slot: _Slot, added_up: _Sum) -> None:
+    def _drop(self, slot: _Slot, added_up: _OpenSum) -> None:
         """Give this worker's sum up: the clients that are in it, and still wanted, run again, each alone."""
         added_up.dropped = True
         slot.sums = [other for other in slot.sums if other is not added_up]
@@ -859,7 +626,7 @@ class RayGrid(LocalGrid):
             slot.pid, slot.device = value
             self._failed_starts = 0
             return
-        results: list[_Result]
+        results: list[Result]
         results, sums = flower_compat.loads(*value) if isinstance(value, tuple) else flower_compat.loads(value, [])
         for task, (reply, state, seconds) in zip(call.tasks, results, strict=True):
             mean, count = self._typical.get(task.alike, (0.0, 0))
