@@ -152,6 +152,7 @@ def server(task: Task, num_clients: int) -> Server:
 
 def on_a_grid(given: Namespace, settings: InProcess | Ray | FlowerSim, num_clients: int = NUM_CLIENTS) -> None:
     """Rounds of our FedAvg by our loop's own steps: sample and broadcast, gather, aggregate."""
+    keep_memory()  # as a run does
     task = Task(given.folder)
     strategy = FedAvg(server=server(task, num_clients), weighted=True)
     load_app: Callable[[], App] = partial(client_app, given.folder)
