@@ -1,6 +1,7 @@
 """`scripts/compare_runs`: pairs by strategy and seed, and what it calls alike."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -173,3 +174,15 @@ def test_two_runs_of_one_seed_are_told(tmp_path: Path) -> None:
     done = compared(a, a)
     assert done.returncode == 2
     assert "seed=1" in done.stderr
+
+
+def test_whoever_reads_may_stop(tmp_path: Path) -> None:
+    """`compare_runs A B | head -1` ends like other commands, without a traceback."""
+    a, b = (write_runs(tmp_path / side, {0: 0.50, 1: 0.51}) for side in "ab")
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), str(a), str(b)], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")

@@ -442,6 +442,11 @@ def test_all_machines_of_a_row_are_recorded(tiny: Path, monkeypatch: pytest.Monk
     assert result["machines"] == [elsewhere, ours]  # of the sitting; of the runs' manifests
     monkeypatch.undo()
     assert measure(tiny, "alone", "work")[1]["machines"] == [elsewhere, ours]  # nothing ran
+    path = tiny.parent / "work" / "alone" / "shard-0" / "manifest.json"
+    moved = {"hardware": {"gpus": ["a third"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resumed": [json.loads(path.read_text()) | moved]}))
+    (tiny.parent / "work-alone.json").unlink()
+    assert measure(tiny, "alone", "work")[1]["machines"] == [ours, ours | moved]  # by `fedssl run_dir=`
     shutil.rmtree(tiny.parent / "work")
     assert measure(tiny, "alone", "work", "--again")[1]["machines"] == [ours]  # a new row
 

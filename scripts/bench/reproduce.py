@@ -324,8 +324,9 @@ def this_machine() -> dict[str, Any]:
     return _machine(manifest({}, data={}))
 
 
-def _machine(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {"hardware": manifest["hardware"], "commit": manifest["git"], "versions": manifest["versions"]}
+def _machine(sitting: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest, or of one of the sittings that it lists as `resumed`."""
+    return {"hardware": sitting["hardware"], "commit": sitting["git"], "versions": sitting["versions"]}
 
 
 def result_of(
@@ -359,7 +360,8 @@ def result_of(
             f"delete those of the wrong copy, or name another folder with --work."
         )
     known: list[Mapping[str, Any]] = []
-    for machine in (*machines, *map(_machine, found)):
+    sittings = [sitting for manifest in found for sitting in (manifest, *manifest.get("resumed", ()))]
+    for machine in (*machines, *map(_machine, sittings)):
         if machine not in known:
             known.append(machine)
     config = jobs[0].config
