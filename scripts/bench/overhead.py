@@ -102,7 +102,7 @@ class InstantRay:
     def remote(self, worker: type) -> Any:
         """An actor class."""
         del worker
-        methods = {name: SimpleNamespace(remote=getattr(self, f"_{name}")) for name in ("load", "work", "release")}
+        methods = {name: SimpleNamespace(remote=getattr(self, f"_{name}")) for name in ("load", "work")}
         return SimpleNamespace(
             options=lambda **_: SimpleNamespace(remote=lambda *_: SimpleNamespace(**methods)),
         )
@@ -110,17 +110,14 @@ class InstantRay:
     def _load(self, load_app: bytes) -> int:
         return self.put((0, ""))
 
-    def _work(self, batch: bytes, buffers: list[np.ndarray], broadcast: Any, adding: None) -> int:
+    def _work(self, batch: bytes, buffers: list[np.ndarray], broadcast: Any, unused: list[int], adding: None) -> int:
         results = []
         for metadata, _, _ in flower_compat.loads(batch, buffers):
             message = flower_compat.rebuild(metadata, RecordDict())
             metrics = MetricRecord({"round": 1})
             reply = Message(RecordDict({"arrays": _ARRAYS, "metrics": metrics}), reply_to=message)
-            results.append((reply, None, 1.0))  # seconds: each is a call of its own
+            results.append((reply, None, 60.0))  # seconds: each is a call of its own
         return self.put(flower_compat.dumps((results, []))[0])
-
-    def _release(self, keys: list[int]) -> None:
-        return None
 
 
 _ARRAYS = to_record({"w": np.ones(ARRAY_VALUES, np.float32)})
