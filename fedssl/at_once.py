@@ -17,10 +17,12 @@ Result = TypeVar("Result")
 
 
 def at_once(work: Sequence[Callable[[], Result]]) -> list[Result]:
-    """What each returns, in order. They begin in order, as many at once as torch has threads here, and share these.
+    """What each returns, in order. They begin in order, as many at once as torch has threads here, with an equal whole
+    number of these each.
 
     Each runs in a thread of Python's, so nothing that is local to one holds there (`torch.no_grad` outside, say), and
-    of torch's global generators each must be content with `fedssl.seeding.seeded_init`.
+    of torch's global generators each must be content with `fedssl.seeding.seeded_init`. Not to be called inside that:
+    they would wait for the caller.
 
     Raises:
         Exception: the first that one raised. The others end where they are, as they do when this thread is interrupted.
@@ -42,6 +44,8 @@ def at_once(work: Sequence[Callable[[], Result]]) -> list[Result]:
                 except IndexError:  # another thread took the last
                     break
                 results[position] = one()
+        except _EndedError:
+            pass
         except BaseException as error:  # it is the caller's
             ended.put(error)
         else:
@@ -54,18 +58,25 @@ def at_once(work: Sequence[Callable[[], Result]]) -> list[Result]:
         for _ in workers:
             if error := ended.get():
                 raise error
-    except BaseException:
-        for worker in workers:
-            _interrupt(worker)
-        raise
-    finally:
         for worker in workers:
             worker.join()
+    except BaseException:
+        waiting.clear()
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            for worker in alive:
+                _end(worker)
+            alive[0].join(1.0)  # and again: an exception in a destructor, say, is lost
+        raise
+    finally:
         torch.set_num_threads(threads)
     return [results[position] for position in range(len(work))]
 
 
-def _interrupt(thread: Thread) -> None:
-    """Raise SystemExit in it, when the operation that it is in has ended; Python offers it in C alone."""
-    if thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+class _EndedError(SystemExit):
+    """Nobody waits for this thread any more."""
+
+
+def _end(thread: Thread) -> None:
+    """Raise it there, when the operation that the thread is in has ended; Python offers that in C alone."""
+    assert thread.ident is not None  # it is alive
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_EndedError))

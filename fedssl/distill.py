@@ -523,10 +523,10 @@ def distill(
             from, or no gradient step in an epoch.
         FedSSLError: the loss became infinite or NaN; the message names the first such step.
     """
-    started = time.perf_counter()
     epochs = []
     with ExitStack() as stack:
         stack.enter_context(seeded_init(seed, "distillation dropout", round_num))
+        started = time.perf_counter()
         distiller = Distiller(
             student,
             target,

@@ -76,11 +76,11 @@ def exchange(sent: Upload) -> tuple[Message, Message]:
 
 def add_up(exchanged: Sequence[tuple[int, Message, Message]], summation: Summation = SUMMATION) -> None:
     """Leave these replies as somebody does who adds up all that he can."""
-    sums = Adder(summation)
+    adder = Adder(summation)
     for one in exchanged:
-        sums.take(*one)
+        adder.take(*one)
     replies = {partition: reply for partition, _, reply in exchanged}
-    for added_up in sums.all():
+    for added_up in adder.all():
         added_up.put_into(replies[added_up.partitions[0]])
 
 
@@ -174,13 +174,13 @@ def taken(sent: Upload, *, of: int | None = None, summation: Summation = SUMMATI
 def test_a_reply_that_was_added_keeps_all_but_its_weights() -> None:
     exchanged = [(p, *exchange(upload(p, weights(p)))) for p in (0, 1)]
     sizes = [num_bytes(reply) for *_, reply in exchanged]
-    sums = Adder(SUMMATION)
+    adder = Adder(SUMMATION)
     for one in exchanged:
-        sums.take(*one)
+        adder.take(*one)
     assert [Upload.from_message(reply) for *_, reply in exchanged] == [
         replace(upload(p, {}), summed=()) for p in (0, 1)
     ]
-    (added_up,) = sums.all()
+    (added_up,) = adder.all()
     added_up.put_into(exchanged[0][2])
     carried, other = (Upload.from_message(reply) for *_, reply in exchanged)
     assert (carried.summed, other.summed, other.arrays) == ((0, 1), (), {})

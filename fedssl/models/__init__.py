@@ -170,7 +170,10 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
 
 
 def draws_globally(model: Model, image_size: int) -> bool:
-    """Whether the model in train mode, dropout say, draws from torch's global generators: one dry pass of a copy."""
+    """Whether the model in train mode, dropout say, draws from torch's global generators: one dry pass of a copy.
+
+    What it does in this pass forward counts: neither draws of some passes alone nor of the backward pass are seen.
+    """
     copied = copy.deepcopy(model).train()
     anchor = next(copied.parameters())
     noted = _GlobalDraws()  # type: ignore[no-untyped-call]

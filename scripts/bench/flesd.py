@@ -43,10 +43,8 @@ CLIENTS, PRIVATE, PUBLIC = 5, 1_000, 2_000  # images: of each client, in the pub
 FAMILIES = ("conv4_16", "conv4_32", "resnet8")  # partition p has families[p % 3]
 LOCAL_EPOCHS, DISTILL_EPOCHS, BATCH = 2, 3, 128
 COORDINATES = 128
-SITTINGS, ROUNDS = (
-    6,
-    4,
-)  # of each engine, in both orders equally often; the first round, which starts workers, does not count
+# Of each engine, in both orders equally often; the first round, which starts workers, does not count.
+SITTINGS, ROUNDS = 6, 4
 LIMIT = 1.15
 CORES = len(os.sched_getaffinity(0))
 Wait = Callable[[], None]  # between two rounds, for this engine's turn

@@ -7,6 +7,7 @@ threads.
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -61,13 +62,13 @@ def colour_views(
     if threads == 1:
         _views(*blocks[0], *constants)
     else:
-        list(_pool(threads, os.getpid()).map(lambda block: _views(*block, *constants), blocks))
+        list(_pool(threads, os.getpid(), threading.get_ident()).map(lambda block: _views(*block, *constants), blocks))
     return out.view(-1, image_size, image_size, 3).permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=1)
-def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
-    """Threads of this process; those of its parent did not survive a fork."""
+@lru_cache(maxsize=8)
+def _pool(threads: int, pid: int, caller: int) -> ThreadPoolExecutor:
+    """Threads of this process, for one that calls; those of its parent did not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"views-{pid}")
 
 

@@ -44,6 +44,7 @@ START_SECONDS = 60.0  # a cluster that has started no worker by then is named
 POLL_SECONDS = 0.2  # one pull waits for about this long
 SHARE = 0.8  # of its part of all work left, that a worker takes at once: so all end together, after few batches
 SHORT_SECONDS = 0.01  # it takes at least this much: a batch costs both sides some ms, whatever is in it
+SAMPLES = 8  # messages of a long queue that tell how much work is in it
 OVERDUE = 3  # times batch_seconds
 KEPT = 4  # times batch_seconds: so long a worker adds up before it sends its sum, because that costs some ms as well
 
@@ -301,10 +302,11 @@ class _Slot:
         return [task for call in self.calls for task in call.tasks]
 
     def left(self, now: float) -> float:
-        """Seconds of work that it probably still has."""
-        if not self.calls:
+        """Seconds of work that it probably still has; what is late is taken to need as long again as it is late."""
+        if not self.tasks:
             return 0.0
-        return max(0.0, sum(call.seconds for call in self.calls) - (now - self.calls[0].since))
+        running, *others = self.calls
+        return abs(running.seconds - (now - running.since)) + sum(call.seconds for call in others)
 
 
 class RayGrid(LocalGrid):
@@ -472,8 +474,8 @@ class RayGrid(LocalGrid):
         if not self._queue:
             part, busy = 0.0, Counter[str]()
         else:
-            queued = len(self._queue) * self._expected(self._queue[len(self._queue) // 2])
-            part = SHARE * (queued + sum(slot.left(now) for slot in self._slots)) / len(self._slots)
+            known = sum(slot.left(now) for slot in self._slots) + self._seconds_queued()
+            part = (SHARE if len(self._slots) > 1 else 1.0) * known / len(self._slots)
             busy = Counter(slot.device for slot in self._slots if slot.tasks)
         while idle and self._queue:
             slot = min(idle, key=lambda slot: busy[slot.device])
@@ -494,6 +496,12 @@ class RayGrid(LocalGrid):
                 and self._is_short(slot)
             ):
                 self._give(slot, self._next_batch(len(self._queue), more))
+
+    def _seconds_queued(self) -> float:
+        """Of work in the queue, where it is known, by some of its messages."""
+        step = max(1, len(self._queue) // SAMPLES)
+        some = [self._expected(self._queue[i]) for i in range(0, len(self._queue), step)]
+        return len(self._queue) * sum(some) / len(some)
 
     def _take_back(self) -> None:
         """What waits behind a call that takes far longer than it should is for others, which are idle.
