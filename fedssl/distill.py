@@ -525,6 +525,7 @@ def distill(
     """
     epochs = []
     with ExitStack() as stack:
+        # Dropout and the like draw from torch's global generator and accept no other, so it is seeded for the duration.
         stack.enter_context(seeded_init(seed, "distillation dropout", round_num))
         started = time.perf_counter()
         distiller = Distiller(

@@ -32,7 +32,7 @@ from fedssl.ensemble import Rule, check_cohort, make_target
 from fedssl.errors import ConfigError, PayloadError
 from fedssl.federation.embedding import check_embedding
 from fedssl.federation.per_family import Teachers
-from fedssl.federation.records import Upload, model_state, to_arrays, to_metrics
+from fedssl.federation.records import Upload, to_arrays, to_metrics
 from fedssl.federation.server import Server, read_uploads
 from fedssl.federation.weights import mean_weights
 from fedssl.models import Model
@@ -93,15 +93,11 @@ class FedDF(Teachers):
         )
         averages = {family: self._average(family, uploads) for family in self.server.families}
 
-        def distil(family: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-            student = self.server.load(averages[family], family)
-            learned = self.server.distill(student, target, self.distillation, family=family, round_num=server_round)
-            return model_state(student), {f"{family}/{name}": value for name, value in learned.items()}
+        def start(family: str) -> tuple[Model, None]:
+            return self.server.load(averages[family], family), None
 
-        distilled = self.server.each_family(distil)
-        metrics = {"teacher_passes": float(len(uploads) * target.num_samples)}
-        metrics |= {name: value for _, learned in distilled.values() for name, value in learned.items()}
-        return to_arrays({family: state for family, (state, _) in distilled.items()}), to_metrics(metrics)
+        students, metrics = self.server.distill_families(start, target, self.distillation, round_num=server_round)
+        return students, to_metrics({"teacher_passes": float(len(uploads) * target.num_samples), **metrics})
 
     def _average(self, family: str, uploads: Sequence[Upload]) -> ArrayRecord:
         """The mean of the family's clients; where nobody answered, its weights as they were."""

@@ -31,13 +31,13 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from fedssl.codecs import Codec, Sharpened, num_anchors
 from fedssl.distill import Distillation
@@ -262,17 +262,9 @@ class FLESD(GlobalModels):
         distillation = self.distillation
         if server_round == 1 and distillation.student_init != "public_only":
             distillation = replace(distillation, feature_weight=0.0)  # nothing is learned yet that could be forgotten
-
-        def distil(family: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-            student, before = self._student(family, [upload for upload, _ in received])
-            learned = self.server.distill(
-                student, target, distillation, family=family, round_num=server_round, reference=before
-            )
-            return model_state(student), {f"{family}/{name}": value for name, value in learned.items()}
-
-        distilled = self.server.each_family(distil)
-        metrics = {name: value for _, learned in distilled.values() for name, value in learned.items()}
-        return to_arrays({family: state for family, (state, _) in distilled.items()}), to_metrics(metrics)
+        start = partial(self._student, uploads=[upload for upload, _ in received])
+        students, metrics = self.server.distill_families(start, target, distillation, round_num=server_round)
+        return students, to_metrics(metrics)
 
     def _student(self, family: str, uploads: list[Upload]) -> tuple[Model, Model]:
         """The student where `distill.student_init` lets it start, and as the last round left it."""

@@ -32,7 +32,6 @@ from fedssl.train import train
 
 log = logging.getLogger(__name__)
 
-Made = TypeVar("Made")
 NUM_TRIED = 4  # public images that a model has to make finite numbers of
 
 
@@ -220,12 +219,37 @@ class Server:
             cuda_graphs=self.local.cuda_graphs,
         )
 
-    def each_family(self, work: Callable[[str], Made]) -> dict[str, Made]:
-        """What `work` makes of each family; on the CPU of several families at once (`fedssl.at_once`)."""
-        if self.device.type != "cpu" or self.local.compile is not None:  # torch compiles in one thread only
-            return {family: work(family) for family in self.families}
-        made = at_once([partial(work, family) for family in self.families])
-        return dict(zip(self.families, made, strict=True))
+    def distill_families(
+        self,
+        start: Callable[[str], tuple[Model, Model | None]],
+        target: Target,
+        distillation: Distillation,
+        *,
+        round_num: int,
+    ) -> tuple[ArrayRecord, dict[str, float]]:
+        """The students of all families learn the clients' ensemble, on the CPU several at once (`fedssl.at_once`).
+
+        Args:
+            start: family -> the student where it starts, and its `reference` as in `distill`.
+
+        Returns:
+            Their weights, and what `distill` returns as `<family>/<name>`.
+        """
+
+        def learn(family: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+            student, reference = start(family)
+            learned = self.distill(
+                student, target, distillation, family=family, round_num=round_num, reference=reference
+            )
+            return model_state(student), learned
+
+        work = [partial(learn, family) for family in self.families]
+        together = self.device.type == "cpu" and self.local.compile is None  # torch compiles in one thread only
+        done = dict(zip(self.families, at_once(work) if together else [one() for one in work], strict=True))
+        measures = {
+            f"{family}/{name}": value for family, (_, learned) in done.items() for name, value in learned.items()
+        }
+        return to_arrays({family: state for family, (state, _) in done.items()}), measures
 
     def distill(
         self,

@@ -471,12 +471,8 @@ class RayGrid(LocalGrid):
         idle = [slot for slot in self._slots if not slot.calls]
         if idle and not self._queue:
             self._take_back()
-        if not self._queue:
-            part, busy = 0.0, Counter[str]()
-        else:
-            known = sum(slot.left(now) for slot in self._slots) + self._seconds_queued()
-            part = (SHARE if len(self._slots) > 1 else 1.0) * known / len(self._slots)
-            busy = Counter(slot.device for slot in self._slots if slot.tasks)
+        part = self._part(now) if self._queue else 0.0
+        busy = Counter(slot.device for slot in self._slots if slot.tasks) if idle and self._queue else Counter()
         while idle and self._queue:
             slot = min(idle, key=lambda slot: busy[slot.device])
             idle.remove(slot)
@@ -497,11 +493,12 @@ class RayGrid(LocalGrid):
             ):
                 self._give(slot, self._next_batch(len(self._queue), more))
 
-    def _seconds_queued(self) -> float:
-        """Of work in the queue, where it is known, by some of its messages."""
+    def _part(self, now: float) -> float:
+        """Seconds of all work left, as far as known, that a worker may have; some messages tell of the whole queue."""
         step = max(1, len(self._queue) // SAMPLES)
         some = [self._expected(self._queue[i]) for i in range(0, len(self._queue), step)]
-        return len(self._queue) * sum(some) / len(some)
+        known = sum(slot.left(now) for slot in self._slots) + len(self._queue) * sum(some) / len(some)
+        return (SHARE if len(self._slots) > 1 else 1.0) * known / len(self._slots)
 
     def _take_back(self) -> None:
         """What waits behind a call that takes far longer than it should is for others, which are idle.
