@@ -82,7 +82,7 @@ def test_an_older_glibc_takes_a_smaller_threshold(monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_and_an_evaluation_keep_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(simulation, "keep_memory", lambda: asked.append("run"))
+    monkeypatch.setattr(simulation, "keep_memory", lambda **_: asked.append("run"))
     monkeypatch.setattr(evaluate_command, "keep_memory", lambda: asked.append("evaluation"))
     simulation.run(small(tmp_path / "run", "federation.num_rounds=1", "strategy=local_only"))
     assert evaluate_command.main([str(tmp_path / "nowhere")]) == 2
