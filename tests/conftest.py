@@ -11,11 +11,12 @@ cache = tempfile.mkdtemp(prefix="fedssl-tests-")  # decoded images; processes th
 atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["FEDSSL_CACHE"] = cache
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
-import tests.typechecker  # noqa: F401  # the hook looks it up by name
+from tests.typechecker import jaxtyped
 
-install_import_hook(["fedssl", "strategies"], "tests.typechecker.check")
+jaxtyping.jaxtyped = jaxtyped  # what the hook writes above every function
+jaxtyping.install_import_hook(["fedssl", "strategies"], "tests.typechecker.check")
 
 from fedssl.environment import DEFAULTS
 

@@ -94,4 +94,8 @@ def test_the_collector_does_not_look_at_what_was_there_before() -> None:
     with keep_start():
         assert gc.get_freeze_count() > before + 10_000
         assert len(gc.get_objects()) < 10_000
+        within = gc.get_freeze_count()
+        with keep_start():
+            pass
+        assert gc.get_freeze_count() == within
     assert gc.get_freeze_count() == 0

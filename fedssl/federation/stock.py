@@ -16,7 +16,6 @@ What cannot work is found out before the run, by a rehearsal of two rounds on a 
 """
 
 import copy
-import gc
 import inspect
 import json
 import logging
@@ -32,6 +31,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedssl.environment import keep_start
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation.arrays import read_array, to_record, write_array
 from fedssl.federation.flower_compat import identify_process, stamp
@@ -341,28 +341,11 @@ def combine(strategy: Strategy, round_num: int, answers: Sequence[Answer]) -> di
         Message(RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(dict(metrics))}), reply_to=message)
         for message, arrays, metrics in answers
     ]
-    with _little_to_collect():
+    with keep_start():  # Bulyan and QFedAvg collect garbage at least once a reply (`keep_input=False`), 0.2 s each
         merged, _ = strategy.aggregate_train(round_num, replies)
     if merged is None:
         raise TooFewError(f"it makes nothing of {len(answers)} replies")
     return {name: read_array(name, array) for name, array in merged.items()}
-
-
-@contextmanager
-def _little_to_collect() -> Iterator[None]:
-    """Inside, a garbage collection looks only at what was made inside, unless somebody has frozen objects before.
-
-    Bulyan and QFedAvg unpack replies by `to_numpy_ndarrays(keep_input=False)`, which asks for at least one a reply:
-    0.2 s each.
-    """
-    if gc.get_freeze_count() > 0:
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _told(message: Message) -> dict[str, Any]:

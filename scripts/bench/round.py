@@ -30,7 +30,8 @@ def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
     ours = [sys.executable, "-m", "bench.round_engines"]
     found = {"plain": [*ours, "plain"], "ours_ray": [*ours, "ours_ray"]}
     missing = {}
-    for peer, engines in (("pfl", (f"pfl_{processes}", "pfl_1")), ("blazefl", ("blazefl",))):
+    engines_of = {"pfl": (f"pfl_{processes}", f"pfl_{processes}_channels_last", "pfl_1"), "blazefl": ("blazefl",)}
+    for peer, engines in engines_of.items():
         folder = os.environ.get("FEDSSL_PEERS")
         home = Path(folder or "", peer).absolute()
         if folder is None or not (home / "complete").exists():
