@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -990,9 +991,14 @@ def test_the_page_has_the_sources_of_the_rows_and_what_is_left_out() -> None:
     assert all(f"- {entry['what']}: {entry['why']}." in page for entry in TABLE.left_out)
 
 
+@cache
+def pages() -> dict[Path, str]:
+    return rows.pages(TABLE, rows.read_results(TABLE, rows.RESULTS))
+
+
 @pytest.mark.parametrize("path", [rows.PAGE, rows.README], ids=lambda path: path.name)
 def test_the_pages_agree_with_the_results(path: Path) -> None:
-    text, page = rows.pages(TABLE, rows.read_results(TABLE, rows.RESULTS))[path], path.read_text()
+    text, page = pages()[path], path.read_text()
     assert rows.rendered(page, text) == page, f"scripts/reproduce --table writes {path.name} anew"
     shown = list(TABLE.rows) if path == rows.PAGE else list(TABLE.rows)[: rows.IN_README]
     assert all(f"| {name} |" in page for name in shown)
