@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -33,8 +34,13 @@ from fedssl.lock import held
 
 torch.set_num_threads(1)  # these networks are too small for two: threads would only wait for each other
 
-STRATEGIES = sorted(path.stem for path in (conf_dir() / "strategy").glob("*.yaml"))
-WITH_CLIENTS = [name for name in STRATEGIES if compose([f"strategy={name}"])["strategy"]["client"] is not None]
+# Read and not composed: Ray's workers import this file, too.
+_FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((conf_dir() / "strategy").glob("*.yaml"))}
+STRATEGIES = list(_FILES)
+WITH_CLIENTS = [name for name in STRATEGIES if _FILES[name]["client"] is not None]
+SERVERS = {name: _FILES[name]["server"]["_target_"] for name in STRATEGIES}  # their server halves
+STOCK = [name for name in STRATEGIES if SERVERS[name] == "fedssl.federation.stock.Stock"]
+ONE_OF_A_KIND = {*STRATEGIES}.difference(STOCK) | {"fedadam", "krum"}  # with state, and without
 
 FAMILIES = ("conv4_4", "conv4_2", "tiny")  # of partitions 0 to 3: conv4_4, conv4_2, tiny, conv4_4
 QUICK = (  # rounds and probes of next to no work
@@ -181,6 +187,11 @@ class CountsThreads:
     def evaluate(self, client: Client, broadcast: Broadcast) -> dict[str, float]:
         metrics: dict[str, float] = self.inner.evaluate(client, broadcast)
         return metrics
+
+
+def slow_unless(often: Container[str], names: Iterable[str]) -> list[Any]:
+    """`names` as parameters of a test, of which those of `often` are in the default suite."""
+    return [pytest.param(name, marks=[] if name in often else pytest.mark.slow) for name in names]
 
 
 # --- making a run -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedssl.__main__ import main
-from fedssl.config import compose, conf_dir
+from fedssl.config import compose
 from fedssl.errors import ConfigError, FedSSLError, PayloadError
 from fedssl.federation import simulation
 from fedssl.federation.client import Broadcast, Client
@@ -32,6 +32,7 @@ from fedssl.seeding import seeded_globals
 from strategies.fedavg import FedAvgClient
 from tests.federation_helpers import (
     SMALL,
+    STOCK,
     assert_same,
     final_arrays,
     first_round,
@@ -43,7 +44,6 @@ from tests.federation_helpers import (
 )
 from tests.flower_engine import start
 
-STOCK = sorted(p.stem for p in (conf_dir() / "strategy").glob("*.yaml") if "federation.stock.Stock" in p.read_text())
 ALL_TRAINED = ("federation.families=[plain]", "+models.plain={_target_: tests.flower_engine.Plain}")
 FIVE = ("federation.num_clients=5", "federation.families=[tiny]")
 
