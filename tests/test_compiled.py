@@ -163,6 +163,7 @@ assert measured["loss"] == run(new_model())["loss"]
 """
 
 
+@pytest.mark.slow
 def test_a_network_whose_backward_pass_the_compiler_fails_on_trains_all_the_same(graphs: Any) -> None:
     """In a process of its own: torch does not try again what has failed there."""
     done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)

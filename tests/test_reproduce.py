@@ -179,7 +179,7 @@ def test_the_published_numbers_and_the_order_of_measuring() -> None:
     assert all(row.tolerance_jpeg > row.tolerance for row in TABLE.rows.values() if row.tolerance is not None)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("shrunken", [False, True])
+@pytest.mark.parametrize("shrunken", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TABLE.rows)
 def test_a_row_composes(name: str, shrunken: bool) -> None:
     row = TABLE.row(name)

@@ -119,7 +119,7 @@ def test_a_run_killed_between_rounds_and_resumed_equals_one_that_was_not(
 @pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, STRATEGIES))
 def test_another_seed_is_another_run(strategy: str, finished: Any, tmp_path: Path) -> None:
     """Else the test above would hold for a constant."""
-    simulation.run(small(tmp_path / "run", f"strategy={strategy}", "seed=1", "evaluate.every=9"))
+    simulation.run(small(tmp_path / "run", f"strategy={strategy}", "seed=1", "federation.num_rounds=1"))
     ours, theirs = rows(tmp_path / "run", "eval"), rows(finished(strategy), "eval")
     assert ours[0]["metrics"] != theirs[0]["metrics"]
 

@@ -14,7 +14,8 @@ from typing import Any
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+# jaxtyping raises a TypeError, too: what expects one of a wrong input in the field has it in tests.
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 _jaxtyped = jaxtyping.jaxtyped
 
 
