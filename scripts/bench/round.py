@@ -18,7 +18,7 @@ from fedssl.seeding import numpy_generator
 
 HERE = Path(__file__).parent
 SITTINGS = 12  # each engine that a bar compares starts once in each, in alternating order
-EVERY = 6  # the others start in two of so many, of opposite order
+EVERY = 6  # of so many, the others start in the first two, which have opposite orders
 TIMED = 4  # rounds of a sitting after the first
 OWN_COHORTS = ("flower_100", "flower_stock")  # so their weights are others
 BARS = {"round.bound": 1.10, "round.flower": 2.0, "round.pfl": 1.0, "round.first_s": 5.0}
@@ -30,7 +30,7 @@ def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
     ours = [sys.executable, "-m", "bench.round_engines"]
     found = {"plain": [*ours, "plain"], "ours_ray": [*ours, "ours_ray"]}
     missing = {}
-    engines_of = {"pfl": (f"pfl_{processes}", f"pfl_{processes}_channels_last", "pfl_1"), "blazefl": ("blazefl",)}
+    engines_of = {"pfl": (f"pfl_{processes}_channels_last", f"pfl_{processes}", "pfl_1"), "blazefl": ("blazefl",)}
     for peer, engines in engines_of.items():
         folder = os.environ.get("FEDSSL_PEERS")
         home = Path(folder or "", peer).absolute()
@@ -40,7 +40,7 @@ def commands(processes: int) -> tuple[dict[str, list[str]], dict[str, str]]:
         script = str(HERE / "peers" / f"{peer}_round.py")
         for engine in dict.fromkeys(engines):
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-            launcher = torchrun if engine != "pfl_1" and peer == "pfl" else []
+            launcher = torchrun if peer == "pfl" and processes > 1 and engine != "pfl_1" else []
             found[engine] = [str(home / "bin" / "python"), *launcher, script, engine]
     for engine in ("flower_1000", "ours_in_process", "flower_100", "flower_stock"):
         found[engine] = [*ours, engine]
@@ -88,22 +88,27 @@ def round() -> Result:
             numpy_generator(0, "cohort", r).choice(NUM_CLIENTS, COHORT, replace=False) for r in range(1, TIMED + 2)
         ]
         Task.write(folder, np.sort(draws, axis=1))  # those that our server draws
-        compared = {"plain", "ours_ray", "flower_1000", f"pfl_{processes}"}
+        compared = {"plain", "ours_ray", "flower_1000", f"pfl_{processes}_channels_last"}
         for sitting in range(SITTINGS):
             engines = [engine for engine in found if engine in compared or sitting % EVERY < 2]
             order = engines if sitting % 2 == 0 else engines[::-1]
             starts = [partial(start, engine, found[engine], folder, processes) for engine in order]
             for engine, report in rounds_in_turn(starts, TIMED).items():
-                sittings[engine].append(report)
+                sittings[engine].append({"sitting": sitting, **report})
         off = differences(folder, list(found))
 
     def pairs(numerator: str, denominator: str) -> list[float]:
-        return ratios(*([one["seconds"][1:] for one in sittings[engine]] for engine in (numerator, denominator)))
+        both = {one["sitting"] for one in sittings[numerator]} & {one["sitting"] for one in sittings[denominator]}
+
+        def seconds(engine: str) -> list[list[float]]:
+            return [one["seconds"][1:] for one in sittings[engine] if one["sitting"] in both]
+
+        return ratios(seconds(numerator), seconds(denominator))
 
     bars = [
         judge("round.bound", pairs("ours_ray", "plain"), BARS["round.bound"], "lower"),
         judge("round.flower", pairs("flower_1000", "ours_ray"), BARS["round.flower"], "higher"),
-        judge("round.pfl", pairs(f"pfl_{processes}", "ours_ray"), BARS["round.pfl"], "higher")
+        judge("round.pfl", pairs(f"pfl_{processes}_channels_last", "ours_ray"), BARS["round.pfl"], "higher")
         if "pfl" not in missing
         else Bar(name="round.pfl", ratio=0, ci=(0, 0), bar=BARS["round.pfl"], better="higher", holds=False),
         judge(
@@ -115,7 +120,9 @@ def round() -> Result:
     ]
     for peer, reason in missing.items():
         print(f"{peer} was not measured: {reason}; see scripts/peers", file=sys.stderr)
-    return {"processes": processes, "rows": rows(sittings), "missing": missing, "differences": off}, bars
+    over_ours = {engine: pairs(engine, "ours_ray") for engine in found}
+    figures = {"rows": rows(sittings), "over_ours_ray": over_ours, "missing": missing, "differences": off}
+    return {"processes": processes, **figures}, bars
 
 
 def rows(sittings: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """pfl-research 0.6.0 on the task, by its documented interface; more processes by torchrun.
 
-Its loop leaves a batch's layout to its user; an engine whose name ends with `channels_last` is a user who cares.
+Its loop leaves a batch's layout to its user: in an engine whose name ends with `channels_last` it is that of `Task`.
 """
 
 from argparse import Namespace
