@@ -40,7 +40,8 @@ STRATEGIES = list(_FILES)
 WITH_CLIENTS = [name for name in STRATEGIES if _FILES[name]["client"] is not None]
 SERVERS = {name: _FILES[name]["server"]["_target_"] for name in STRATEGIES}  # their server halves
 STOCK = [name for name in STRATEGIES if SERVERS[name] == "fedssl.federation.stock.Stock"]
-ONE_OF_A_KIND = {*STRATEGIES}.difference(STOCK) | {"fedadam", "krum"}  # with state, and without
+# Ours, and two of Flower's: with state, and without.
+ONE_OF_EACH_KIND = {*STRATEGIES}.difference(STOCK) | {"fedadam", "krum"}
 
 FAMILIES = ("conv4_4", "conv4_2", "tiny")  # of partitions 0 to 3: conv4_4, conv4_2, tiny, conv4_4
 QUICK = (  # rounds and probes of next to no work

@@ -29,7 +29,7 @@ from fedssl.federation.setup import Setup
 from fedssl.report.runs import read_run
 from fedssl.seeding import numpy_generator
 from tests.federation_helpers import (
-    ONE_OF_A_KIND,
+    ONE_OF_EACH_KIND,
     WITH_CLIENTS,
     assert_same,
     final_arrays,
@@ -391,7 +391,7 @@ def test_min_replies_is_no_smaller_where_few_are_there(tmp_path: Path) -> None:
         fedssl.run(config)
 
 
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, WITH_CLIENTS))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, WITH_CLIENTS))
 def test_a_run_can_go_on_without_anybody(strategy: str, tmp_path: Path) -> None:
     """And every family keeps what it has, or learns without clients; the server waits."""
     overrides = (f"strategy={strategy}", f"{NODE}availability=1e-9", "federation.min_replies=0", "evaluate.every=9")

@@ -82,11 +82,11 @@ def test_an_older_glibc_takes_a_smaller_threshold(monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_and_an_evaluation_keep_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(simulation, "keep_memory", lambda **_: asked.append("run"))
+    monkeypatch.setattr(simulation, "keep_memory", lambda *, of_threads: asked.append(f"run {of_threads}"))
     monkeypatch.setattr(evaluate_command, "keep_memory", lambda: asked.append("evaluation"))
     simulation.run(small(tmp_path / "run", "federation.num_rounds=1", "strategy=local_only"))
     assert evaluate_command.main([str(tmp_path / "nowhere")]) == 2
-    assert asked == ["run", "evaluation"]
+    assert asked == ["run True", "evaluation"]
 
 
 def test_the_collector_does_not_look_at_what_was_there_before() -> None:

@@ -16,7 +16,7 @@ STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 
 
 PAIRS = [  # each strategy with one of the presets, the others where there is time
-    pytest.param(experiment, strategy, marks=[] if (i + j) % 9 == 0 else pytest.mark.slow)
+    pytest.param(experiment, strategy, marks=[] if (i + j) % len(EXPERIMENTS) == 0 else pytest.mark.slow)
     for i, experiment in enumerate(EXPERIMENTS)
     for j, strategy in enumerate(STRATEGIES)
 ]
@@ -90,6 +90,14 @@ def test_a_value_on_the_command_line_wins(experiment: str) -> None:
     )
     assert config["federation"]["num_rounds"] == 77
     assert config["partition"]["alpha"] == 7
+
+
+def test_a_file_that_a_group_of_ones_own_chooses_has_nothing_of_the_presets(tmp_path: Path) -> None:
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "small.yaml").write_text("# @package _global_\ndefaults:\n  - override /partition: iid\n")
+    assert composed("experiment=cifar10_small")["partition"] != {"_target_": "fedssl.data.partition.IID"}
+    config = compose(["experiment=cifar10_small", "+machine=small"], config_dir=tmp_path)
+    assert config["partition"] == {"_target_": "fedssl.data.partition.IID"}
 
 
 def test_a_preset_of_ones_own(tmp_path: Path) -> None:

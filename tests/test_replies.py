@@ -136,8 +136,9 @@ def test_after_a_kill_on_ray(strategy: str, tmp_path: Path) -> None:
     before = len(trained(tmp_path / "killed"))
     simulation.resume(config, tmp_path / "killed")
     others = {(2, partition) for partition in range(4) if partition not in answered}
-    again = trained(tmp_path / "killed")[before:]  # with one, maybe, whom a worker began before it knew of the kill
+    again = trained(tmp_path / "killed")[before:]
     assert {*again} == others
+    assert len(again) <= len(others) + 2  # the killed run's two workers may begin one each before they end
     fedssl.run(counted(tmp_path / "straight", *overrides))
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
     assert rows(tmp_path / "killed") == rows(tmp_path / "straight")

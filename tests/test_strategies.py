@@ -36,7 +36,7 @@ from tests.federation_helpers import (
     COHORTS,
     FAMILIES,
     ON_RAY,
-    ONE_OF_A_KIND,
+    ONE_OF_EACH_KIND,
     STRATEGIES,
     WITH_CLIENTS,
     Numpy,
@@ -72,7 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # --- the contract of all ---
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, WITH_CLIENTS))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, WITH_CLIENTS))
 def test_clients_state_their_effort(strategy: str, finished: Any) -> None:
     """Simulated time is made of it, and with a deadline who is late (`federation.devices`)."""
     for row in rows(finished(strategy), "client"):
@@ -93,7 +93,7 @@ def test_four_rounds_learn_something_finite(strategy: str, finished: Any) -> Non
         assert all(0 <= value <= 1 for name, value in row["metrics"].items() if name.split("_std")[0].endswith("top1"))
 
 
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, STRATEGIES))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, STRATEGIES))
 def test_a_run_killed_between_rounds_and_resumed_equals_one_that_was_not(
     strategy: str, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_run_killed_between_rounds_and_resumed_equals_one_that_was_not(
         assert ours != {} or strategy != "local_only"
 
 
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, STRATEGIES))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, STRATEGIES))
 def test_another_seed_is_another_run(strategy: str, finished: Any, tmp_path: Path) -> None:
     """Else the test above would hold for a constant."""
     simulation.run(small(tmp_path / "run", f"strategy={strategy}", "seed=1", "federation.num_rounds=1"))
@@ -124,7 +124,7 @@ def test_another_seed_is_another_run(strategy: str, finished: Any, tmp_path: Pat
     assert ours[0]["metrics"] != theirs[0]["metrics"]
 
 
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, WITH_CLIENTS))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, WITH_CLIENTS))
 def test_the_order_of_replies_does_not_matter(strategy: str, tmp_path: Path) -> None:
     _, server_half, _, replies = first_round(small(None, f"strategy={strategy}"), tmp_path)
     assert len(replies) == 4
@@ -152,7 +152,7 @@ def test_ray_equals_in_process_bit_for_bit(strategy: str, finished: Any, tmp_pat
     assert rows(tmp_path / "run") == rows(finished(strategy))
 
 
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, STRATEGIES))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, STRATEGIES))
 def test_a_cohort_smaller_than_the_federation(strategy: str, tmp_path: Path) -> None:
     size = COHORTS.get(strategy, 2)
     overrides = (

@@ -31,7 +31,7 @@ from strategies.fedu import FedUClient, layers, mean_distance
 from strategies.l_dawa import LDAWA, agreement
 from tests.federation_helpers import (
     FAMILIES,
-    ONE_OF_A_KIND,
+    ONE_OF_EACH_KIND,
     SERVERS,
     WITH_CLIENTS,
     Numpy,
@@ -123,7 +123,7 @@ def test_a_cohorts_mean_is_over_the_cohort(strategy: str, tmp_path: Path) -> Non
 EXCHANGE_WEIGHTS = [name for name in WITH_CLIENTS if issubclass(get_class(SERVERS[name]), WeightUploads)]
 
 
-@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_A_KIND, EXCHANGE_WEIGHTS))
+@pytest.mark.parametrize("strategy", slow_unless(ONE_OF_EACH_KIND, EXCHANGE_WEIGHTS))
 def test_a_model_that_overflows_is_refused_and_the_rest_used(strategy: str, tmp_path: Path) -> None:
     """A mean with it would end the run, and a server's Adam would stand still from then on."""
     _, server_half, _, replies = first_round(small(None, f"strategy={strategy}"), tmp_path)

@@ -2,7 +2,7 @@
 
 jaxtyping's import hook decorates every function, and binds every call's arguments to their names to have the sizes of
 their axes. A third of the suite's time went there. So it does where an annotation has a shape; elsewhere beartype
-checks alone. What is defined within a function is not checked: it would be decorated anew in each call.
+checks alone. What is defined within a function, without shapes, is not checked: each call would decorate it anew.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-# jaxtyping raises a TypeError, too: what expects one of a wrong input in the field has it in tests.
+# As jaxtyping's errors are: code that catches a TypeError of bad input catches it in tests, too.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 _jaxtyped = jaxtyping.jaxtyped
 
@@ -25,10 +25,17 @@ def jaxtyped(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if not isinstance(function, types.FunctionType):
         return _jaxtyped(function, typechecker=typechecker)
+    if any(map(_has_shape, function.__annotations__.values())):
+        return _jaxtyped(function, typechecker=typechecker)
     if "<locals>" in function.__qualname__:
         return function
-    shapes = any(map(_has_shape, function.__annotations__.values()))
-    return _jaxtyped(function, typechecker=typechecker) if shapes else typechecker(function)
+    checked = typechecker(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+
+    return call
 
 
 def _has_shape(hint: Any) -> bool:

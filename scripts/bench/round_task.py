@@ -1,6 +1,7 @@
 """The work of one round, the same for every engine: pfl-research's CIFAR-10 setting on synthetic images.
 
-Batches of `pfl_1` and `pfl_N` alone have torch's usual layout and not channels last. Needs torch and numpy alone: the peers' environments have no fedssl.
+Batches of `pfl_1` and `pfl_N` alone have torch's usual layout and not channels last.
+Needs torch and numpy alone: the peers' environments have no fedssl.
 """
 
 import json
