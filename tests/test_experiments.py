@@ -9,11 +9,10 @@ import yaml
 
 from fedssl.config import check_values, compose, conf_dir, instantiate
 from fedssl.federation.setup import Setup
+from tests.federation_helpers import STRATEGIES
 
 CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
-
 
 PAIRS = [  # each strategy with one of the presets, the others where there is time
     pytest.param(experiment, strategy, marks=[] if (i + j) % len(EXPERIMENTS) == 0 else pytest.mark.slow)

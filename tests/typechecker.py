@@ -23,9 +23,7 @@ def jaxtyped(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     """In the place of `jaxtyping.jaxtyped`, which the import hook writes above every class and function."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
-    if not isinstance(function, types.FunctionType):
-        return _jaxtyped(function, typechecker=typechecker)
-    if any(map(_has_shape, function.__annotations__.values())):
+    if not isinstance(function, types.FunctionType) or any(map(_has_shape, function.__annotations__.values())):
         return _jaxtyped(function, typechecker=typechecker)
     if "<locals>" in function.__qualname__:
         return function
